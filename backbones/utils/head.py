@@ -1,0 +1,46 @@
+"""The rows of a classifier that a task trains, as parameters of their own."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class HeadRows(nn.Module):
+    """Rows ``start:end`` of a linear classifier, copied out for training and put back.
+
+    A task trains, sends and averages its own rows; the others cannot move, not even by weight decay or momentum.
+
+    Attributes:
+        weight: (end - start, d). bias: (end - start,).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.empty(0)), nn.Parameter(torch.empty(0))
+        self.start = self.end = 0
+
+    def take(self, classifier: nn.Linear, start: int, end: int) -> None:
+        """Begin with the classifier's rows ``start:end`` as they are."""
+        self.start, self.end = start, end
+        self.weight.data = classifier.weight.data[start:end].clone()
+        self.bias.data = classifier.bias.data[start:end].clone()
+        self.weight.grad = self.bias.grad = None
+
+    def put(self, classifier: nn.Linear) -> None:
+        """Write the rows into the classifier, which gets new tensors (the old ones may be shared)."""
+        for mine, name in ((self.weight, "weight"), (self.bias, "bias")):
+            whole = getattr(classifier, name).data.clone()
+            whole[self.start : self.end] = mine.data
+            getattr(classifier, name).data = whole
+
+    def get_extra_state(self) -> list[int]:
+        return [self.start, self.end]
+
+    def set_extra_state(self, state: list[int]) -> None:
+        self.start, self.end = state
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Logits (B, end - start) of the task's classes for features (B, d)."""
+        return F.linear(features, self.weight, self.bias)

@@ -1,0 +1,399 @@
+"""The dataset contract: uint8 images in memory once, tasks and clients as lists of indices, transforms on batches.
+
+Names follow Mammoth's ``ContinualDataset`` so that method files written for it run unchanged.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from datasets.utils import seeded, stratified_split
+from datasets.utils.transforms import BatchTransform, Compose, Denormalize, Normalize, Resize, to_float
+from utils.errors import UserError
+
+# (SOURCE or NAME, base_path, train) -> (images, labels): one copy per process, also for datasets that share files
+_ARRAYS: dict[tuple[str, str, bool], tuple[Tensor, Tensor]] = {}
+
+
+class ContinualDataset:
+    """A benchmark: images, their division into tasks, and how they are fed to the network.
+
+    Subclasses set the class attributes below and write :meth:`load_arrays`. Two settings: ``class-il`` (tasks have
+    classes of their own) and ``domain-il`` (every task has all samples and classes; :meth:`task_images` changes the
+    images).
+
+    Fields of ``args`` that are read, all optional: ``dataset, base_path ('./data/'), seed, backbone, fl, batch_size,
+    n_epochs, minibatch_size, device, drop_last, permute_classes (0/1), validation (percentage of the training set that
+    replaces the test set), joint (0/1: one training task with everything; evaluation stays per task)``.
+
+    Attributes:
+        train_loader: loader of the current task's training data; None before the first.
+        test_loaders: one loader per task seen so far (all of them under ``joint``).
+        c_task: current training task, -1 before the first.
+        class_order: with ``permute_classes`` the int64 array that maps labels, new = class_order[old]; else None.
+        train_images, train_labels, eval_images, eval_labels: (N, C, H, W) uint8 and (N,) int64; what
+            ``task_indices(task, train)`` points into. With ``validation`` both pairs are the training arrays.
+    """
+
+    NAME: str
+    SETTING: str = "class-il"
+    N_TASKS: int
+    N_CLASSES_PER_TASK: int | list[int]
+    N_CLASSES: int  # derived when absent
+    SIZE: tuple[int, int]  # (H, W) as fed to the network
+    CHANNELS: int = 3
+    MEAN: tuple[float, ...] | None = None
+    STD: tuple[float, ...] | None = None
+    TRAIN_AUGMENT: list = []  # before the normalisation, on float (B, C, H, W) in [0, 1]
+    TEST_AUGMENT: list = []
+    DEFAULTS: dict[str, Any] = {}
+    FED_DEFAULTS: dict[str, Any] = {}  # on top of DEFAULTS under --fl
+    SOURCE: str | None = None  # datasets with equal SOURCE share one copy of their arrays
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        per_task = getattr(cls, "N_CLASSES_PER_TASK", None)
+        if "N_CLASSES" not in cls.__dict__ and per_task is not None and hasattr(cls, "N_TASKS"):
+            if isinstance(per_task, int):
+                cls.N_CLASSES = per_task * (1 if cls.SETTING == "domain-il" else cls.N_TASKS)
+            else:
+                cls.N_CLASSES = per_task[0] if cls.SETTING == "domain-il" else sum(per_task)
+
+    def __init__(self, args: Namespace | None = None):
+        self.args = args if args is not None else Namespace()
+        if self.SETTING not in ("class-il", "domain-il"):
+            raise ValueError(f"{self.NAME}: SETTING is 'class-il' or 'domain-il', not {self.SETTING!r}")
+        per_task = self.N_CLASSES_PER_TASK
+        self._sizes = [per_task] * self.N_TASKS if isinstance(per_task, int) else list(per_task)
+        if len(self._sizes) != self.N_TASKS:
+            raise ValueError(f"{self.NAME}: N_CLASSES_PER_TASK has {len(self._sizes)} entries for {self.N_TASKS} tasks")
+        self.seed: int | None = self._arg("seed")
+        self.joint = bool(int(self._arg("joint", 0)))
+        self.n_train_tasks = 1 if self.joint else self.N_TASKS
+        self.n_eval_tasks = self.N_TASKS
+        self.mixed_domains = self.joint and self.SETTING == "domain-il"
+        self.c_task = -1
+        self.train_loader: BatchLoader | None = None
+        self.test_loaders: list[BatchLoader] = []
+        self.configure()
+        self._transforms = {
+            True: Compose([*self.TRAIN_AUGMENT, *self._normalize()]),
+            False: Compose([*self.TEST_AUGMENT, *self._normalize()]),
+        }
+        self._load()
+
+    # ---- what a dataset file writes
+    def configure(self) -> None:
+        """Adapt SIZE, MEAN, STD, TRAIN_AUGMENT, TEST_AUGMENT to ``self.args``, as instance attributes."""
+
+    def load_arrays(self, train: bool) -> tuple[Tensor, Tensor]:
+        """The raw images, uint8 (N, C, H, W), and labels, int64 (N,), in natural order. Called once per process."""
+        raise NotImplementedError
+
+    def task_images(self, images: Tensor, task: int) -> Tensor:
+        """The uint8 batch ``images`` as task ``task`` shows them. Identity, except in domain-il datasets."""
+        return images
+
+    # ---- arrays
+    def _arg(self, name: str, default: Any = None) -> Any:
+        value = getattr(self.args, name, None)
+        return default if value is None else value
+
+    def _load(self) -> None:
+        self._check_arguments()
+        self.train_images, self.train_labels = self._cached(True)
+        validation = self._arg("validation")
+        if validation is None:
+            self.eval_images, self.eval_labels = self._cached(False)
+            self._used = {True: torch.arange(len(self.train_labels)), False: torch.arange(len(self.eval_labels))}
+        else:
+            self.eval_images, self.eval_labels = self.train_images, self.train_labels
+            rng = seeded(self.seed, "validation")
+            parts = stratified_split(self.train_labels.numpy(), validation / 100, rng)
+            self._used = {True: torch.from_numpy(parts[0]), False: torch.from_numpy(parts[1])}
+        self.class_order: np.ndarray | None = None
+        if int(self._arg("permute_classes", 0)):
+            self.class_order = seeded(self.seed, "permute_classes").permutation(self.N_CLASSES)
+            order = torch.from_numpy(self.class_order)
+            self.train_labels, self.eval_labels = order[self.train_labels], order[self.eval_labels]
+
+    def _check_arguments(self) -> None:
+        validation = self._arg("validation")
+        if validation is not None and not 0 < validation < 100:
+            raise UserError(
+                f"--validation {validation:g} is not a percentage between 0 and 100: give for example 10 to hold out "
+                "10% of the training set, or leave it out to evaluate on the test set"
+            )
+
+    def _cached(self, train: bool) -> tuple[Tensor, Tensor]:
+        key = (self.SOURCE or self.NAME, str(self._arg("base_path", "./data/")), train)
+        if key not in _ARRAYS:
+            images, labels = self.load_arrays(train)
+            ok = images.dtype == torch.uint8 and images.dim() == 4 and images.shape[1] == self.CHANNELS
+            if not ok or labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+                raise ValueError(f"{self.NAME}: load_arrays gives uint8 (N, {self.CHANNELS}, H, W) and int64 (N,)")
+            if len(labels) == 0 or labels.min() < 0 or labels.max() >= self.N_CLASSES:
+                raise ValueError(f"{self.NAME}: load_arrays gives labels outside 0..{self.N_CLASSES - 1}, or none")
+            _ARRAYS[key] = images.contiguous(), labels
+        return _ARRAYS[key]
+
+    def to(self, device: torch.device | str) -> ContinualDataset:
+        """Keep the uint8 images on ``device``, so that batches are indexed there."""
+        shared = self.eval_images is self.train_images
+        self.train_images = self.train_images.to(device)
+        self.eval_images = self.train_images if shared else self.eval_images.to(device)
+        return self
+
+    # ---- tasks
+    def get_offsets(self, task: int | None = None) -> tuple[int, int]:
+        """Class range (start, end) of an original task; of the current training task when ``task`` is None."""
+        if task is None:
+            return self.offsets_for_training(max(self.c_task, 0))
+        if not 0 <= task < self.N_TASKS:
+            raise IndexError(f"{self.NAME} has tasks 0..{self.N_TASKS - 1}, not {task}")
+        if self.SETTING == "domain-il":
+            return 0, self.N_CLASSES
+        start = sum(self._sizes[:task])
+        return start, start + self._sizes[task]
+
+    def offsets_for_training(self, task: int) -> tuple[int, int]:
+        """Class range of a training task: everything under ``joint``."""
+        if self.joint and task == 0:
+            return 0, self.N_CLASSES
+        return self.get_offsets(task)
+
+    def task_indices(self, task: int, train: bool = True) -> Tensor:
+        """Sorted int64 indices of a task's samples in the training arrays, or in the evaluation arrays.
+
+        With ``joint`` on a domain-il dataset, index ``t * N + i`` is sample i of N as task t shows it.
+        """
+        used = self._used[train]
+        start, end = self.offsets_for_training(task) if train else self.get_offsets(task)
+        if train and self.mixed_domains:
+            return torch.cat([used + t * len(self.train_labels) for t in range(self.N_TASKS)])
+        labels = self.labels_of(used, "train" if train else "test")
+        return used[(labels >= start) & (labels < end)]
+
+    def labels_of(self, indices: Tensor, split: str = "train") -> Tensor:
+        """int64 labels of samples given by indices as ``task_indices`` returns them."""
+        labels = self.train_labels if split == "train" else self.eval_labels
+        return labels[indices % len(labels)]
+
+    # ---- loaders
+    def loader(
+        self,
+        indices: Tensor,
+        task: int,
+        batch_size: int,
+        train: bool,
+        generator: torch.Generator | None = None,
+        device: torch.device | str = "cpu",
+        drop_last: bool = False,
+        split: str | None = None,
+    ) -> BatchLoader:
+        """A re-iterable over the samples ``indices``.
+
+        Args:
+            indices: positions in the arrays of ``split``, as ``task_indices`` and ``Partition`` give them.
+            train: True yields (inputs, labels, not_aug_inputs[, extra fields]), shuffled and augmented;
+                False yields (inputs, labels) in order with the test transform.
+            generator: CPU generator for the order and the augmentations; None draws from the global one.
+            split: ``'train'`` or ``'test'``; by default what ``train`` says. ``train=False, split='train'`` reads
+                training samples in order without augmentation (statistics, prototypes, importances).
+        """
+        view = SampleView(self, indices, task, train, generator, device, split or ("train" if train else "test"))
+        return BatchLoader(view, batch_size, drop_last)
+
+    def get_data_loaders(self) -> tuple[BatchLoader, BatchLoader]:
+        """Go to the next task: set ``train_loader``, append to ``test_loaders``, return (train, test of this task)."""
+        if self.c_task + 1 >= self.n_train_tasks:
+            raise IndexError(f"{self.NAME} has no training task after {self.c_task}")
+        self.c_task += 1
+        device, batch = self._arg("device", "cpu"), self.get_batch_size()
+        drop_last = bool(int(self._arg("drop_last", 0)))
+        self.train_loader = self.loader(
+            self.task_indices(self.c_task), self.c_task, batch, True, device=device, drop_last=drop_last
+        )
+        for t in range(self.N_TASKS) if self.joint else [self.c_task]:
+            self.test_loaders.append(self.test_loader(t))
+        return self.train_loader, self.test_loaders[-1]
+
+    def test_loader(self, task: int) -> BatchLoader:
+        """The evaluation samples of one original task, in order, in large batches."""
+        batch = max(self.get_batch_size(), 512 if max(self.SIZE) <= 64 else 128)
+        return self.loader(self.task_indices(task, False), task, batch, False, device=self._arg("device", "cpu"))
+
+    # ---- transforms
+    def _normalize(self) -> list[Normalize]:
+        return [] if self.MEAN is None else [Normalize(self.MEAN, self.STD)]
+
+    def get_transform(self) -> Compose:
+        """From not_aug inputs (or images of a buffer), batched or single, to augmented, normalised training inputs."""
+        return self._transforms[True]
+
+    def get_test_transform(self) -> Compose:
+        """From raw images in [0, 1] to what the network is evaluated on."""
+        return self._transforms[False]
+
+    def get_normalization_transform(self) -> Compose:
+        """From not_aug inputs to network inputs without augmentation.
+
+        Normalises and, where stored images are smaller than what the network takes (CIFAR at 224), resizes. An image
+        that has the right size already is only normalised, as in Mammoth.
+        """
+        resize = [Resize(self.SIZE, t.interpolation) for t in self.TEST_AUGMENT[:1] if isinstance(t, Resize)]
+        return Compose([*resize, *self._normalize()])
+
+    def get_denormalization_transform(self) -> Compose:
+        """The inverse of the normalisation (sizes stay)."""
+        return Compose([] if self.MEAN is None else [Denormalize(self.MEAN, self.STD)])
+
+    TRANSFORM = property(get_transform)  # Mammoth's attribute names
+    TEST_TRANSFORM = property(get_test_transform)
+
+    # ---- Mammoth's accessors of defaults: what args says, else the dataset's default
+    @classmethod
+    def defaults(cls, fl: bool = False) -> dict[str, Any]:
+        """The dataset's own defaults by flag name, central or federated."""
+        return {**cls.DEFAULTS, **(cls.FED_DEFAULTS if fl else {})}
+
+    def _default(self, name: str, otherwise: Any) -> Any:
+        return self._arg(name, self.defaults(bool(self._arg("fl", False))).get(name, otherwise))
+
+    @staticmethod
+    def get_loss():
+        """Cross-entropy."""
+        return F.cross_entropy
+
+    def get_backbone(self) -> str:
+        return self._default("backbone", None)
+
+    def get_epochs(self) -> int:
+        return int(self._default("n_epochs", 1))
+
+    def get_batch_size(self) -> int:
+        return int(self._default("batch_size", 32))
+
+    def get_minibatch_size(self) -> int:
+        return int(self._arg("minibatch_size", self.get_batch_size()))
+
+
+class SampleView:
+    """The samples of a loader one by one, with the attributes that Mammoth's methods read and write.
+
+    ``view[i]`` gives (augmented image, label, not_aug image[, extra fields]), or (image, label) when not training.
+    Setting ``view.logits``, or an attribute named in ``view.extra_return_fields``, to a tensor with a row per sample
+    adds it to what the loader yields. ``data`` and ``targets`` may be replaced (uint8 (N, C, H, W), integers (N,)), as
+    methods that replay whole datasets do.
+    """
+
+    def __init__(self, source: ContinualDataset, indices, task: int, train: bool, generator, device, split: str):
+        if split not in ("train", "test"):
+            raise ValueError(f"split is 'train' or 'test', not {split!r}")
+        self.source, self.task, self.train, self.split = source, task, train, split
+        self.indices = torch.as_tensor(indices, dtype=torch.long, device="cpu")
+        self.generator, self.device = generator, torch.device(device)
+        self.transform = source.get_transform() if train else source.get_test_transform()
+        self.extra_return_fields: tuple[str, ...] = ()
+        self._own_data: Tensor | None = None
+        self._own_targets: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.indices if self._own_data is None else self._own_data)
+
+    def labels(self, positions: Tensor | slice = slice(None)) -> Tensor:
+        """int64 labels of the samples at ``positions``, on the CPU."""
+        if self._own_targets is not None:
+            return self._own_targets[positions]
+        return self.source.labels_of(self.indices[positions], self.split)
+
+    def images(self, positions: Tensor | slice = slice(None)) -> Tensor:
+        """Raw uint8 (n, C, H, W) images, where the dataset keeps them; before ``task_images``."""
+        if self._own_data is not None:
+            return self._own_data[positions]
+        everything = self.source.train_images if self.split == "train" else self.source.eval_images
+        return everything[(self.indices[positions] % len(everything)).to(everything.device)]
+
+    @property
+    def data(self) -> Tensor:
+        return self.images()
+
+    @data.setter
+    def data(self, value: Tensor | np.ndarray) -> None:
+        targets = self.labels() if self._own_targets is None else self._own_targets
+        self._own_data, self._own_targets = torch.as_tensor(value, dtype=torch.uint8), targets
+
+    @property
+    def targets(self) -> np.ndarray:
+        return self.labels().numpy()
+
+    @targets.setter
+    def targets(self, value: Tensor | np.ndarray) -> None:
+        self._own_data, self._own_targets = self.images(), torch.as_tensor(value, dtype=torch.long).cpu()
+
+    def _as_shown(self, images: Tensor, positions: Tensor) -> Tensor:
+        if not (self.source.mixed_domains and self.split == "train") or self._own_data is not None:
+            return self.source.task_images(images, self.task)
+        images, domains = images.clone(), self.indices[positions] // len(self.source.train_labels)
+        for t in domains.unique().tolist():
+            rows = (domains == t).nonzero()[:, 0].to(images.device)
+            images[rows] = self.source.task_images(images[rows], t)
+        return images
+
+    def extra_fields(self) -> tuple[str, ...]:
+        """Names of the extra tensors, in the order in which they are returned."""
+        implied = ("logits",) if hasattr(self, "logits") and "logits" not in self.extra_return_fields else ()
+        return implied + tuple(self.extra_return_fields)
+
+    def batch(self, positions: Tensor) -> tuple[Tensor, ...]:
+        """(inputs, labels[, not_aug_inputs, *extra]) on the device."""
+        not_aug = to_float(self._as_shown(self.images(positions).to(self.device, non_blocking=True), positions))
+        labels = self.labels(positions).to(self.device, non_blocking=True)
+        if not self.train:
+            return self.transform(not_aug), labels
+        if isinstance(self.transform, Compose | BatchTransform):
+            inputs = self.transform(not_aug, self.generator)
+        else:  # a method has put a torchvision transform of its own here
+            inputs = torch.stack([self.transform(image) for image in not_aug])
+        extra = (torch.as_tensor(getattr(self, name)) for name in self.extra_fields())
+        return inputs, labels, not_aug, *(e[positions.to(e.device)].to(self.device) for e in extra)
+
+    def __getitem__(self, i: int) -> tuple:
+        if not -len(self) <= i < len(self):
+            raise IndexError(i)
+        image, label, *rest = (t[0] for t in self.batch(torch.tensor([int(i) % len(self)])))
+        return image, int(label), *rest
+
+
+class BatchLoader:
+    """Batches of a :class:`SampleView` (``.dataset``); made by ``ContinualDataset.loader``."""
+
+    def __init__(self, dataset: SampleView, batch_size: int, drop_last: bool = False):
+        if batch_size < 1:
+            raise UserError(f"batch size {batch_size}: give 1 or more")
+        self.dataset, self.batch_size, self.drop_last = dataset, int(batch_size), drop_last
+
+    def set_generator(self, generator: torch.Generator | None) -> None:
+        """Draw the order and the augmentations from ``generator`` (on the CPU) from now on."""
+        self.dataset.generator = generator
+
+    def extra_fields(self) -> tuple[str, ...]:
+        """Names of what a batch holds after not_aug_inputs."""
+        return self.dataset.extra_fields()
+
+    def __len__(self) -> int:
+        n = len(self.dataset)
+        return n // self.batch_size if self.drop_last else -(-n // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        n = len(self.dataset)
+        order = torch.randperm(n, generator=self.dataset.generator) if self.dataset.train else torch.arange(n)
+        for positions in order.split(self.batch_size)[: len(self)]:
+            yield self.dataset.batch(positions)

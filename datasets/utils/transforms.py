@@ -1,0 +1,242 @@
+"""Batched image transforms on the device.
+
+torchvision's v2 transforms draw **once per call**: given a batch they flip all images or none, and crop all at one
+place. Here every image of the batch has its own draw, as in a DataLoader that transforms images one by one. Draws are
+made on the CPU, from ``generator`` or the global generator, so that they do not depend on the device; the image
+arithmetic is torchvision's (or checked against it) and runs wherever the images are.
+
+Each transform is called as ``t(x, generator=None)`` with ``x`` of shape (B, C, H, W) or (C, H, W), float in [0, 1] or
+uint8.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as TF
+
+BILINEAR, BICUBIC = InterpolationMode.BILINEAR, InterpolationMode.BICUBIC
+
+
+def to_float(x: Tensor) -> Tensor:
+    """uint8 in 0..255 -> float32 in [0, 1]; floats pass."""
+    return x if x.is_floating_point() else x.float() / 255
+
+
+def _pair(v: int | Sequence[int]) -> tuple[int, int]:
+    return (v, v) if isinstance(v, int) else (int(v[0]), int(v[1]))
+
+
+class BatchTransform:
+    """Base: a single image is a batch of one. Subclasses write ``apply`` for (B, C, H, W)."""
+
+    def __call__(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        if x.dim() not in (3, 4):
+            raise ValueError(f"{type(self).__name__} takes (B, C, H, W) or (C, H, W), not {tuple(x.shape)}")
+        return self.apply(x, generator) if x.dim() == 4 else self.apply(x[None], generator)[0]
+
+    def apply(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in vars(self).items())})"
+
+
+class Compose:
+    """Transforms in sequence; callables that are not batch transforms (torchvision's own) get no generator.
+
+    A PIL image, which method files written for Mammoth may pass, is read as float in [0, 1].
+    """
+
+    def __init__(self, transforms: Sequence[Callable]):
+        self.transforms = list(transforms)
+
+    def __call__(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        if not isinstance(x, Tensor):
+            x = to_float(TF.pil_to_tensor(x))
+        for t in self.transforms:
+            x = t(x, generator) if isinstance(t, BatchTransform | Compose) else t(x)
+        return x
+
+    def __repr__(self) -> str:
+        return f"Compose({self.transforms})"
+
+
+class Normalize(BatchTransform):
+    """``(x - mean) / std`` per channel; uint8 is brought to [0, 1] first."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]):
+        self.mean, self.std = tuple(mean), tuple(std)
+
+    def apply(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        x = to_float(x)
+        return (x - x.new_tensor(self.mean).view(-1, 1, 1)) / x.new_tensor(self.std).view(-1, 1, 1)
+
+
+class Denormalize(BatchTransform):
+    """The inverse of :class:`Normalize`."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]):
+        self.mean, self.std = tuple(mean), tuple(std)
+
+    def apply(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return x * x.new_tensor(self.std).view(-1, 1, 1) + x.new_tensor(self.mean).view(-1, 1, 1)
+
+
+class Resize(BatchTransform):
+    """torchvision's antialiased resize. An int is the length of the shorter side, a pair is (height, width)."""
+
+    def __init__(self, size: int | Sequence[int], interpolation: InterpolationMode = BILINEAR):
+        self.size, self.interpolation = size, interpolation
+
+    def apply(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        size = [self.size] if isinstance(self.size, int) else list(self.size)
+        return TF.resize(x, size, self.interpolation, antialias=True)
+
+
+class CenterCrop(BatchTransform):
+    """The middle ``size``; a smaller image is padded with zeros, as in torchvision."""
+
+    def __init__(self, size: int | Sequence[int]):
+        self.size = _pair(size)
+
+    def apply(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return TF.center_crop(x, list(self.size))
+
+
+class RandomCrop(BatchTransform):
+    """Pad with ``padding`` zeros on each side, then cut ``size`` at a place of its own for each image."""
+
+    def __init__(self, size: int | Sequence[int], padding: int = 0):
+        self.size, self.padding = _pair(size), padding
+
+    def apply(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        x = F.pad(x, [self.padding] * 4)
+        (b, c, height, width), (h, w) = x.shape, self.size
+        if height < h or width < w:
+            raise ValueError(f"RandomCrop: {h}x{w} does not fit in {height}x{width} (padding included)")
+        top = torch.randint(height - h + 1, (b, 1), generator=generator)
+        left = torch.randint(width - w + 1, (b, 1), generator=generator)
+        rows = (top + torch.arange(h)).to(x.device)
+        cols = (left + torch.arange(w)).to(x.device)
+        x = x.gather(2, rows.view(b, 1, h, 1).expand(b, c, h, width))
+        return x.gather(3, cols.view(b, 1, 1, w).expand(b, c, h, w))
+
+
+class RandomHorizontalFlip(BatchTransform):
+    """Mirror each image with probability ``p``."""
+
+    def __init__(self, p: float = 0.5):
+        self.p = p
+
+    def apply(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        flip = torch.rand(len(x), generator=generator) < self.p
+        return torch.where(flip.view(-1, 1, 1, 1).to(x.device), x.flip(-1), x)
+
+
+class RandomResizedCrop(BatchTransform):
+    """A box of random area and aspect ratio per image, resized to ``size``; boxes are drawn by torchvision's rule.
+
+    Resizing is linear and separable, so a batch of crops is two batched products with one small matrix per image and
+    axis (no loop over images, which matters on a GPU); the matrices are those of torchvision's antialiased resize.
+    """
+
+    def __init__(
+        self,
+        size: int | Sequence[int],
+        scale: tuple[float, float] = (0.08, 1.0),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        interpolation: InterpolationMode = BILINEAR,
+    ):
+        if interpolation not in (BILINEAR, BICUBIC):
+            raise ValueError("RandomResizedCrop: interpolation is BILINEAR or BICUBIC")
+        self.size, self.scale, self.ratio, self.interpolation = _pair(size), scale, ratio, interpolation
+
+    def boxes(self, n: int, height: int, width: int, generator: torch.Generator | None = None) -> Tensor:
+        """(n, 4) int64 boxes (top, left, height, width): the first of ten tries that fits, else a central crop."""
+        u = torch.rand(n, 10, 4, generator=generator, dtype=torch.float64)
+        area = height * width * (self.scale[0] + u[..., 0] * (self.scale[1] - self.scale[0]))
+        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
+        ratio = torch.exp(low + u[..., 1] * (high - low))
+        h, w = (area / ratio).sqrt().round().long(), (area * ratio).sqrt().round().long()
+        fits = (h > 0) & (h <= height) & (w > 0) & (w <= width)
+        first = fits.int().argmax(1, keepdim=True)
+        h, w, u, fits = h.gather(1, first)[:, 0], w.gather(1, first)[:, 0], u[torch.arange(n), first[:, 0]], fits.any(1)
+        whole = min(max(width / height, self.ratio[0]), self.ratio[1])  # the nearest allowed ratio for the central crop
+        h = torch.where(fits, h, min(height, round(width / whole)))
+        w = torch.where(fits, w, min(width, round(height * whole)))
+        top = torch.where(fits, (u[:, 2] * (height - h + 1)).long(), (height - h) // 2)
+        left = torch.where(fits, (u[:, 3] * (width - w + 1)).long(), (width - w) // 2)
+        return torch.stack((top, left, h, w), 1)
+
+    def apply(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return self.crop(x, self.boxes(len(x), x.shape[2], x.shape[3], generator))
+
+    def crop(self, x: Tensor, boxes: Tensor) -> Tensor:
+        """Image i of (B, C, H, W) cut at ``boxes[i]`` and resized: (B, C, *size)."""
+        boxes = boxes.to(x.device)
+        y = x if x.is_floating_point() else x.float()
+        down = _resize_matrix(boxes[:, 0], boxes[:, 2], x.shape[2], self.size[0], self.interpolation).to(y.dtype)
+        across = _resize_matrix(boxes[:, 1], boxes[:, 3], x.shape[3], self.size[1], self.interpolation).to(y.dtype)
+        (b, c, h, w), (out_h, out_w) = y.shape, self.size
+        y = (y.reshape(b, c * h, w) @ across.mT).view(b, c, h, out_w)  # channels share a matrix: one product per image
+        y = down @ y.transpose(1, 2).reshape(b, h, c * out_w)
+        y = y.view(b, out_h, c, out_w).transpose(1, 2).contiguous()
+        return y if x.is_floating_point() else y.round_().clamp_(0, 255).to(x.dtype)
+
+
+def _resize_matrix(start: Tensor, length: Tensor, n_in: int, n_out: int, interpolation: InterpolationMode) -> Tensor:
+    """(B, n_out, n_in) float32: row o weighs the input pixels that make output pixel o of [start, start + length).
+
+    PIL's and torch's antialiased filters: triangle, or cubic with a = -0.5, widened by the scale when shrinking.
+    """
+    scale = (length.float() / n_out).view(-1, 1, 1)
+    wide = scale.clamp(min=1)
+    support = (1.0 if interpolation == BILINEAR else 2.0) * wide
+    centre = scale * (torch.arange(n_out, device=start.device) + 0.5).view(1, -1, 1)
+    pixel = torch.arange(n_in, device=start.device).view(1, 1, -1) - start.view(-1, 1, 1)
+    low = (centre - support + 0.5).trunc().clamp(min=0)
+    high = torch.minimum((centre + support + 0.5).trunc(), length.view(-1, 1, 1).float())
+    t = ((pixel + 0.5 - centre) / wide).abs()
+    if interpolation == BILINEAR:
+        weight = (1 - t).clamp(min=0)
+    else:
+        near, far = (1.5 * t - 2.5) * t * t + 1, ((-0.5 * t + 2.5) * t - 4) * t + 2
+        weight = torch.where(t < 1, near, torch.where(t < 2, far, torch.zeros_like(t)))
+    weight = weight * ((pixel >= low) & (pixel < high))
+    return weight / weight.sum(-1, keepdim=True)
+
+
+class RandomAffine(BatchTransform):
+    """Rotate, shift and scale each image by draws of its own (bilinear, zeros outside).
+
+    Args:
+        degrees: angles lie in [-degrees, degrees].
+        translate: shifts lie in +-translate of (width, height).
+        scale: (low, high) factors of magnification.
+    """
+
+    def __init__(
+        self, degrees: float, translate: tuple[float, float] = (0.0, 0.0), scale: tuple[float, float] = (1.0, 1.0)
+    ):
+        self.degrees, self.translate, self.scale = degrees, translate, scale
+
+    def apply(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        b, _, h, w = x.shape
+        u = torch.rand(b, 4, generator=generator)
+        angle = torch.deg2rad((2 * u[:, 0] - 1) * self.degrees)
+        factor = self.scale[0] + u[:, 1] * (self.scale[1] - self.scale[0])
+        shift = 2 * (2 * u[:, 2:] - 1) * torch.tensor(self.translate)  # grid coordinates span 2
+        cos, sin = torch.cos(angle) / factor, torch.sin(angle) / factor
+        # the grid says where each output pixel comes from, so this is the inverse map, in coordinates of a w x h image
+        linear = torch.stack((cos, sin * h / w, -sin * w / h, cos), 1).view(b, 2, 2)
+        theta = torch.cat((linear, -linear @ shift[:, :, None]), 2).to(x.device)
+        y = x if x.is_floating_point() else x.float()
+        grid = F.affine_grid(theta.to(y.dtype), list(x.shape), align_corners=False)
+        y = F.grid_sample(y, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+        return y if x.is_floating_point() else y.round_().clamp_(0, 255).to(x.dtype)

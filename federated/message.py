@@ -1,0 +1,130 @@
+"""What crosses the wire: flat, named, counted.
+
+A Message is a flat mapping of names to tensors and plain numbers. Its size is that of its serialised form
+(safetensors: an 8-byte length, a JSON header padded to 8 bytes, the raw tensors), computed without serialising.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+import torch
+
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+# safetensors lays tensors out by falling alignment, in this order of types, then by name
+_ORDER = ["I64", "F64", "F32", "I32", "BF16", "F16", "I16", "I8", "U8", "BOOL"]
+
+
+class Message(Mapping):
+    """A flat mapping of names to tensors, ints, floats, bools or strings.
+
+    Args:
+        entries: the contents. Tensors are passed by reference inside one process: receivers copy, never write.
+        keep: ``{name: version}`` for tensors that a client keeps once it has received them. They are sent, and
+            counted, only to clients that do not hold that version yet; every client sees them in every message.
+
+    Raises:
+        TypeError: an entry that is neither a tensor nor a plain value.
+    """
+
+    def __init__(self, entries: Mapping | None = None, keep: Mapping[str, int] | None = None, **more) -> None:
+        self._entries = {**(entries or {}), **more}
+        self.keep = dict(keep or {})
+        for name, value in self._entries.items():
+            if isinstance(value, torch.Tensor):
+                self._entries[name] = value.detach()
+            elif not isinstance(value, (int, float, str, bool)):
+                raise TypeError(
+                    f"message entry {name!r} is a {type(value).__name__}: only tensors, numbers and strings travel"
+                )
+        if not set(self.keep) <= set(self._entries):
+            raise KeyError(f"keep names what the message does not hold: {sorted(set(self.keep) - set(self._entries))}")
+
+    def __getitem__(self, name: str):
+        return self._entries[name]
+
+    def __iter__(self):
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def tensors(self, prefix: str = "") -> dict[str, torch.Tensor]:
+        """The tensors whose name starts with ``prefix``, under their names without it."""
+        return {
+            k[len(prefix) :]: v
+            for k, v in self._entries.items()
+            if k.startswith(prefix) and isinstance(v, torch.Tensor)
+        }
+
+    def numbers(self) -> dict[str, int | float | str | bool]:
+        """The entries that are not tensors."""
+        return {k: v for k, v in self._entries.items() if not isinstance(v, torch.Tensor)}
+
+    def clone(self) -> Message:
+        """A copy with tensors of its own: what a worker sends must not change when it trains the next client."""
+        return Message(
+            {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in self._entries.items()}, self.keep
+        )
+
+    def without(self, names) -> Message:
+        """The message less some entries."""
+        return Message({k: v for k, v in self._entries.items() if k not in names})
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of the tensors alone."""
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the serialised message, header included: ``len(self.to_bytes())`` without making it."""
+        tensors = {
+            k: (_DTYPES[t.dtype], list(t.shape), t.numel() * t.element_size()) for k, t in self.tensors().items()
+        }
+        header: dict = {"__metadata__": self._metadata()} if self.numbers() else {}
+        offset = 0
+        for name in sorted(tensors, key=lambda n: (_ORDER.index(tensors[n][0]), n)):
+            dtype, shape, size = tensors[name]
+            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
+            offset += size
+        length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+        return 8 + -(-length // 8) * 8 + offset
+
+    def _metadata(self) -> dict[str, str]:
+        return {k: json.dumps(v) for k, v in self.numbers().items()}
+
+    def to_bytes(self) -> bytes:
+        """Serialise with safetensors; numbers travel in the header."""
+        from safetensors.torch import save
+
+        return save({k: v.contiguous() for k, v in self.tensors().items()}, metadata=self._metadata() or None)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Message:
+        """The inverse of :meth:`to_bytes`."""
+        from safetensors.torch import load
+
+        length = int.from_bytes(data[:8], "little")
+        metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+        return cls({**load(data), **{k: json.loads(v) for k, v in metadata.items()}})
+
+
+class Reply(Message):
+    """A client's answer: a Message that knows who sent it."""
+
+    def __init__(self, message: Mapping, client: int) -> None:
+        super().__init__(message)
+        self.client = client

@@ -1,0 +1,92 @@
+"""The server's loop: for each task, what comes before the rounds, the rounds, what comes after them."""
+
+from __future__ import annotations
+
+import torch
+
+from federated.clients import Clients, Ledger
+from federated.engines.serial import SerialEngine
+from utils.conf import make_generator, set_random_seed
+from utils.loggers import write_csv
+from utils.training import Session
+
+
+def participants(args, ids: list[int], task: int, round_: int) -> list[int]:
+    """The clients drawn for a round: ``max(1, int(rate * len(ids)))`` of those that own samples of the task."""
+    k = max(1, int(args.participation_rate * len(ids)))
+    if k == len(ids):
+        return list(ids)
+    order = torch.randperm(len(ids), generator=make_generator(args.seed, "participants", task, round_))
+    return sorted(ids[i] for i in order[:k].tolist())
+
+
+def simulate(session: Session, worker, partition, checkpoint=None) -> None:
+    """Run a federated experiment.
+
+    Args:
+        session: the run; its model is the server. worker: the method's instance on the client side, over the same
+            frozen weights. partition: who owns which samples. checkpoint: what to resume from.
+    """
+    args, dataset, server, run = session.args, session.dataset, session.model, session.run
+    ledger, states = Ledger(), {}
+    engine = SerialEngine(worker, partition, states, args)
+    session.parts.update(ledger=ledger.state, clients=lambda: states)
+    session.resume(checkpoint, {"clients": {i: worker.fresh_state() for i in range(args.num_clients)}})
+    if session.restored:
+        ledger.load(session.restored["ledger"])
+        states.update(session.restored["clients"])
+    session.traffic = lambda: (
+        {"uplink_mb": ledger.uplink / 1e6, "downlink_mb": ledger.downlink / 1e6} if args.fl else {}
+    )
+    session.measure_random()
+
+    def group(ids, round_: int = -1) -> Clients:
+        def progress(replies, total, call):
+            return session.bar(
+                replies, total, f"task {task + 1} " + (call if round_ < 0 else f"round {round_ + 1} {call}")
+            )
+
+        return Clients(ids, sizes, engine, ledger, task, round_, progress)
+
+    # steps of a task: 0 before the rounds, 1 + r round r, then what comes after the rounds
+    for task in range(session.cursor["task"], session.last_task):
+        sizes = {i: n for i, n in enumerate(partition.sizes(task)) if n > 0}
+        ids = sorted(sizes)
+        while dataset.c_task < task:
+            dataset.get_data_loaders()
+        loss = None
+
+        def done(step: int, task=task) -> None:
+            session.cursor = {"task": task, "step": step}
+            write_csv(run.path / "traffic.csv", ledger.rows)
+            session.boundary("round")
+
+        if session.cursor["step"] == 0:
+            with session.training():
+                set_random_seed(args.seed, "server", task, "begin")
+                server.meta_begin_task(dataset)
+                server.begin_rounds(group(ids))
+            done(1)
+        for r in range(session.cursor["step"] - 1, args.num_comm_rounds):
+            with session.training():
+                set_random_seed(args.seed, "server", task, "round", r)
+                server.round(group(participants(args, ids, task, r), r), r)
+                loss = server.last_loss
+            if args.eval_every and (r + 1) % args.eval_every == 0 and r + 1 < args.num_comm_rounds:
+                row = session.measure(task, r, {"loss": loss, **session.traffic()})
+                session.report(row, task, f"round {r + 1}/{args.num_comm_rounds}")
+            elif r + 1 < args.num_comm_rounds:
+                run.say(
+                    f"task {task + 1}/{dataset.n_train_tasks} round {r + 1}/{args.num_comm_rounds} | loss {loss:.4f}"
+                    if loss is not None
+                    else f"task {task + 1} round {r + 1}/{args.num_comm_rounds}"
+                )
+            done(r + 2)
+        with session.training():
+            set_random_seed(args.seed, "server", task, "end")
+            server.end_rounds(group(ids))
+            server.meta_end_task(dataset)
+        write_csv(run.path / "traffic.csv", ledger.rows)
+        session.cursor = {"task": task + 1, "step": 0}
+        session.report(session.measure(task, None, {"loss": loss, **session.traffic()}), task, "done")
+        session.boundary("task")

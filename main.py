@@ -1,0 +1,134 @@
+"""Herd's one command: parse, build, run. ``python main.py --model dolfin --dataset seq-digits --fl``"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads that spin cost a shared machine dearly
+
+from utils.args import parse_args
+from utils.errors import RunError, UserError
+
+
+def build(args):
+    """The data set, the network, the method (the server's half under --fl) and, where it is federated, its worker."""
+    import torch
+
+    from backbones import get_backbone
+    from datasets import get_dataset
+    from models import get_model_class
+    from models.utils.continual_model import construct
+    from models.utils.federated_model import FederatedModel, share_backbone
+    from models.utils.private_state import federate
+    from utils.checkpoints import fresh_copy
+    from utils.conf import get_device, set_random_seed
+
+    device = get_device(args.device)
+    args.device = str(device)
+    if args.num_threads:
+        torch.set_num_threads(args.num_threads)
+    dataset = get_dataset(args)
+    dataset.to(device)
+    cls = get_model_class(args.model)
+    if args.fl:
+        cls = federate(cls)
+    elif issubclass(cls, FederatedModel):  # trained centrally: one client, one round
+        args.num_clients = args.num_comm_rounds = 1
+        args.participation_rate, args.partition_mode = 1.0, "iid"
+    set_random_seed(args.seed, "backbone")
+    net = get_backbone(args, dataset).to(device)
+    fresh_net = fresh_copy(net)
+    worker_net = share_backbone(net)
+    loss, transform = dataset.get_loss(), dataset.get_transform()
+    set_random_seed(args.seed, "model")
+    model = construct(cls, net, loss, args, transform, dataset)
+    worker = construct(cls, worker_net, loss, args, transform, dataset) if issubclass(cls, FederatedModel) else None
+    return dataset, model, worker, fresh_net
+
+
+def find_checkpoint(args):
+    """What ``--loadcheck`` points to: (run folder or None, checkpoint file or None, whether that run is finished)."""
+    from pathlib import Path
+
+    from utils.loggers import Run, is_finished
+
+    if args.loadcheck is None:
+        return None, None, False
+    if args.loadcheck != "auto":
+        path = Path(args.loadcheck)
+        if not path.exists():
+            raise UserError(f"--loadcheck: there is nothing at {path}; give a run folder, its checkpoint file, or auto")
+        file = path / "checkpoint" / "last.safetensors" if path.is_dir() else path
+        return (file.parent.parent if file.parent.name == "checkpoint" else None), file, False
+    for path in Run.candidates(args):
+        if is_finished(path, args):
+            return path, None, True
+        if (path / "checkpoint" / "last.safetensors").exists():
+            return path, path / "checkpoint" / "last.safetensors", False
+    return None, None, False
+
+
+def run(args) -> int:
+    """Carry out one run. Returns the exit code."""
+    from datasets.utils.partition import Partition
+    from federated.simulator import simulate
+    from utils import checkpoints
+    from utils.compare import print_run_table
+    from utils.loggers import Run
+    from utils.training import Interrupted, Session, train_central
+
+    folder, file, finished = find_checkpoint(args)
+    if finished:
+        print(f"already finished: {folder}")
+        print_run_table(folder)
+        return 0
+    checkpoint = checkpoints.read(file) if file else None
+    dataset, model, worker, fresh_net = build(args)
+    partition = Partition.make(dataset, args) if worker is not None else None
+    record = Run(folder, args) if folder is not None else Run.create(args)
+    record.say(
+        f"{args.model} on {args.dataset}, {args.backbone}, seed {args.seed}, {args.device}"
+        + (f", {args.num_clients} clients x {args.num_comm_rounds} rounds" if args.fl else "")
+        + f" -> {record.path}"
+    )
+    record.write_args()
+    if partition is not None:
+        partition.save(record.path / "partition.npz")
+    if not args.nowand:
+        record.start_wandb()
+    session = Session(args, dataset, model, record, fresh_net)
+    status = "interrupted"
+    try:
+        with session.catch_interrupts():
+            if worker is not None:
+                simulate(session, worker, partition, checkpoint)
+            else:
+                train_central(session, checkpoint)
+        status = "finished" if session.cursor["task"] >= dataset.n_train_tasks else "stopped"
+    except Interrupted:
+        record.say(f"stopped by Ctrl-C; go on with: {args.command} --loadcheck {record.path}")
+    finally:
+        session.write_files(status)
+        record.close()
+    if status != "interrupted":
+        print_run_table(record.path)
+    return 130 if status == "interrupted" else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        return run(parse_args(argv))
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except RunError as e:
+        print(f"run failed: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,181 @@
+"""The contract of a federated method: the server half and the client half of one algorithm in one class.
+
+The class is instantiated once on the server and once on each worker. The two never share attributes: what a client
+needs arrives in a Message, what the server learns comes back in one. What runs where:
+
+    server   begin_rounds, round, end_rounds, broadcast, aggregate
+    client   local_update and any other method named in ``clients.call`` / ``clients.sum``: (message, client) -> Message
+    both     __init__, begin_task, end_task (structure and counters only, no learning)
+
+A paper usually overrides the loss (``local_loss``), not the step: ``observe`` is written once, below.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from federated.message import Message, Reply
+from models.utils.continual_model import ContinualModel
+
+
+def share_backbone(net: nn.Module) -> nn.Module:
+    """A second instance of a network over the same storage: modules and buffers are copied, parameters are not.
+
+    Frozen weights are therefore held once per device. Whoever changes a shared weight must give the parameter a new
+    tensor (``p.data = ...``), never write into it.
+    """
+    shared = {id(p): nn.Parameter(p.data, requires_grad=p.requires_grad) for p in net.parameters()}
+    return copy.deepcopy(net, memo=shared)
+
+
+class FederatedModel(ContinualModel):
+    """Base class; as it stands it is FedAvg (McMahan et al. 2017, Alg. 1) over ``trainable``."""
+
+    COMPATIBILITY = ["class-il", "domain-il", "task-il"]
+
+    # ---------------------------------------------------------------- what is trained, sent and averaged
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """What clients train, by name: the one declaration that optimiser, Message and aggregation use."""
+        return {name: p for name, p in self.net.named_parameters() if p.requires_grad}
+
+    def shared_buffers(self) -> dict[str, torch.Tensor]:
+        """Floating-point buffers that are averaged with the weights: the running statistics of BatchNorm."""
+        if not any(p.requires_grad for p in self.net.parameters()):
+            return {}
+        return {name: b for name, b in self.net.named_buffers() if b.is_floating_point() and "running_" in name}
+
+    def get_parameters(self) -> Iterable[nn.Parameter]:
+        return list(self.trainable().values())
+
+    # ---------------------------------------------------------------- server
+
+    def begin_rounds(self, clients) -> None:
+        """Before the first round of a task; ``clients`` are all that own samples of it."""
+
+    def round(self, clients, r: int) -> None:
+        """One communication round with the clients drawn for it."""
+        self.aggregate(clients.call("local_update", self.broadcast()))
+
+    def end_rounds(self, clients) -> None:
+        """After the last round of a task; ``clients`` are all that own samples of it."""
+
+    def broadcast(self) -> Message:
+        """What every client of the round receives."""
+        return Message({**self.trainable(), **self.shared_buffers()})
+
+    def aggregate(self, replies: list[Reply]) -> None:
+        """theta <- sum_c w_c theta_c, w_c = n_c / sum n (``--avg_type weighted``) or 1 / #clients (``uniform``)."""
+        weights = self.client_weights(replies)
+        self._loss = sum(w * r["loss"] for w, r in zip(weights, replies, strict=True)) if "loss" in replies[0] else None
+        for name, tensor in {**self.trainable(), **self.shared_buffers()}.items():
+            tensor.data = sum(w * r[name].double() for w, r in zip(weights, replies, strict=True)).to(tensor.dtype)
+
+    @property
+    def last_loss(self) -> float | None:
+        """Mean training loss of the last round, for the reader."""
+        return self._loss if hasattr(self, "_loss") else None
+
+    def client_weights(self, replies: list[Reply]) -> list[float]:
+        """The weights of the mean, one per reply, adding up to one."""
+        counts = [r["n_samples"] if self.args.avg_type == "weighted" else 1 for r in replies]
+        return [n / sum(counts) for n in counts]
+
+    # ---------------------------------------------------------------- client
+
+    def local_update(self, message: Message, client) -> Message:
+        """Load the broadcast, train ``n_epochs`` epochs with a fresh optimiser, reply."""
+        self.load(message)
+        self.client = client
+        self.opt = self.get_optimizer()
+        self.scheduler = self.get_scheduler(self.opt)
+        self.before_local(message, client)
+        self.net.train(any(p.requires_grad for p in self.net.parameters()))  # a frozen network keeps its statistics
+        loader = client.train_loader()
+        total, steps = 0.0, 0
+        for epoch in range(self.args.n_epochs if self.opt is not None else 0):
+            for i, (inputs, labels, not_aug_inputs) in enumerate(loader):
+                if self.args.debug_mode and i >= self.get_debug_iters():
+                    break
+                total = total + self.observe(inputs, labels, not_aug_inputs, epoch)
+                steps += 1
+            if self.scheduler is not None:
+                self.scheduler.step()
+        reply = self.after_local(client)
+        return Message({**reply, "loss": float(total) / max(steps, 1)}) if "loss" not in reply else reply
+
+    def observe(self, inputs, labels, not_aug_inputs, epoch=None) -> torch.Tensor:
+        """One step: zero_grad, ``local_loss``, backward, step. Returns the loss, detached and not yet on the host."""
+        self.opt.zero_grad()
+        loss = self.local_loss(inputs, labels, getattr(self, "client", None))
+        loss.backward()
+        if self.args.clip_grad is not None:
+            torch.nn.utils.clip_grad_norm_(self.get_parameters(), self.args.clip_grad)
+        before = {n: p.detach().clone() for n, p in self.trainable().items()} if self._watches_steps else None
+        self.opt.step()
+        if before is not None:
+            self.on_step(self.client, before, self.trainable())
+        return loss.detach()
+
+    def local_loss(self, inputs, labels, client) -> torch.Tensor:
+        """The objective of a batch, a pure function of the network's parameters, the batch and the client's state.
+
+        Default: cross-entropy over the columns of the current task only, as fed-mammoth trains every method.
+        """
+        return self.masked_cross_entropy(self.net(inputs), labels)
+
+    def before_local(self, message: Message, client) -> None:
+        """Before the first step of a client in a round."""
+
+    def after_local(self, client) -> Message:
+        """What the client sends back."""
+        return Message({**self.trainable(), **self.shared_buffers()}, n_samples=client.n_samples).clone()
+
+    def on_step(self, client, before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> None:
+        """After every optimiser step, with the trainable tensors on both sides of it (costs a copy if overridden)."""
+
+    def fresh_state(self) -> dict:
+        """The private state of a client that has not done anything yet."""
+        return {}
+
+    # ---------------------------------------------------------------- helpers
+
+    def masked_cross_entropy(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy over the current task's columns; gradients of all other columns are exactly zero."""
+        start, end = self.n_past_classes, self.n_seen_classes
+        return F.cross_entropy(logits[:, start:end].float(), labels - start)
+
+    def load(self, message: Message) -> None:
+        """Copy the broadcast into what this worker trains."""
+        with torch.no_grad():
+            for name, tensor in {**self.trainable(), **self.shared_buffers()}.items():
+                tensor.copy_(message[name])
+
+    def enter_task(self, task: int) -> None:
+        """Bring a worker to a task: the counters and structure of every task up to it, and tensors of its own.
+
+        The worker starts with the server's storage; what it is going to train gets storage of its own here.
+        """
+        if getattr(self, "_entered", -1) == task:
+            return
+        for t in range(getattr(self, "_entered", -1) + 1, task + 1):
+            self._current_task = t
+            self.meta_begin_task(self.dataset)
+        self._entered = task
+        for p in self.trainable().values():
+            if id(p) not in self._own:
+                p.data = p.data.clone()
+                self._own[id(p)] = p
+
+    @property
+    def _watches_steps(self) -> bool:
+        return type(self).on_step is not FederatedModel.on_step
+
+    @property
+    def _own(self) -> dict:
+        return self.__dict__.setdefault("_own_parameters", {})

@@ -1,0 +1,396 @@
+"""The command line: Mammoth's flag names, fed-mammoth's for what is federated, then Herd's own.
+
+Nothing here imports PyTorch, so ``--help`` answers at once. Settings come from four places; the later wins:
+flag defaults < data set (its class, then ``--dataset_config``) < model config (``models/config/<model>.yaml``:
+section ``default``, then the one ``--model_config`` names) < command line. Configs are turned into arguments and put
+in front of the user's, so every value, wherever it comes from, passes the same checks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import math
+import re
+import sys
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from utils import binary_to_boolean_type
+from utils.errors import UserError, nearest
+from utils.registry import ROOT, find, normal, scan
+
+FEDERATED_FLAGS = (
+    "num_clients",
+    "num_comm_rounds",
+    "participation_rate",
+    "distribution_alpha",
+    "partition_mode",
+    "class_quantity",
+    "partition_seed",
+    "avg_type",
+    "engine",
+)
+
+
+class HerdParser(ArgumentParser):
+    """An ArgumentParser whose errors are one line, exit code 2 and no usage dump."""
+
+    def error(self, message: str):
+        raise UserError(message.replace("argument ", "", 1))
+
+
+def number(kind: type, low: float = -math.inf, high: float = math.inf, open_low: bool = False):
+    """An argparse type: an int or a float within ``[low, high]`` (``(low, high]`` with ``open_low``), never nan."""
+    span = f"{'above' if open_low else 'at least'} {low:g}" if low > -math.inf else ""
+    span += (" and " if span else "") + f"at most {high:g}" if high < math.inf else ""
+    wanted = f"{'a whole number' if kind is int else 'a number'}{' ' + span if span else ''}"
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
+        if not (low <= value <= high) or (open_low and value == low) or math.isinf(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is out of range: give {wanted}")
+        return value
+
+    return parse
+
+
+def flag01(text: str) -> int:
+    """0 or 1 from ``0/1/true/false``."""
+    return int(binary_to_boolean_type(text))
+
+
+def add_general_args(parser: ArgumentParser) -> None:
+    """The flags every run has."""
+    positive, count = number(int, 1), number(int, 0)
+    g = parser.add_argument_group("experiment")
+    g.add_argument("--model", required=True, help="method: " + ", ".join(scan("models")))
+    g.add_argument("--dataset", required=True, help="benchmark: " + ", ".join(scan("datasets")))
+    g.add_argument(
+        "--backbone",
+        "--network",
+        default=None,
+        help="network; default: the data set's. One of " + ", ".join(scan("backbones")),
+    )
+    g.add_argument("--fl", action="store_true", help="federated: clients, rounds and a server instead of one trainer")
+    g.add_argument("--model_config", default="default", help="section of models/config/<model>.yaml to use")
+    g.add_argument("--dataset_config", default=None, help="name of datasets/configs/<dataset>/<name>.yaml")
+    g.add_argument("--seed", type=count, default=0, help="seeds everything random")
+    g.add_argument(
+        "--joint", type=flag01, default=0, nargs="?", const=1, help="one task with all classes (upper bound)"
+    )
+    g.add_argument(
+        "--permute_classes", type=flag01, default=0, nargs="?", const=1, help="random class order, by the seed"
+    )
+    g.add_argument(
+        "--validation",
+        type=number(float, 0, 99, open_low=True),
+        default=None,
+        help="percentage of the training set that replaces the test set (to choose hyper-parameters)",
+    )
+    g = parser.add_argument_group("optimisation")
+    g.add_argument("--n_epochs", "--num_epochs", type=count, default=1, help="epochs per task; under --fl per round")
+    g.add_argument("--batch_size", type=positive, default=32)
+    g.add_argument("--lr", type=number(float, 0), default=0.03, help="learning rate")
+    g.add_argument("--optimizer", choices=("sgd", "adam", "adamw"), default="sgd")
+    g.add_argument("--optim_wd", type=number(float, 0), default=0.0, help="weight decay")
+    g.add_argument("--optim_mom", type=number(float, 0, 1), default=0.0, help="momentum (sgd)")
+    g.add_argument("--optim_nesterov", type=flag01, default=0, nargs="?", const=1)
+    g.add_argument(
+        "--clip_grad", type=number(float, 0, open_low=True), default=None, help="largest norm of the gradient"
+    )
+    g.add_argument(
+        "--lr_scheduler",
+        choices=("none", "multisteplr", "cosine"),
+        default="none",
+        help="per epoch, restarted for each task (central) or round (--fl)",
+    )
+    g.add_argument("--lr_milestones", type=positive, nargs="+", default=[35, 45], help="epochs, for multisteplr")
+    g.add_argument("--sched_multistep_lr_gamma", type=number(float, 0, 1), default=0.1)
+    g = parser.add_argument_group("federated (with --fl)")
+    g.add_argument("--num_clients", type=positive, default=10)
+    g.add_argument("--num_comm_rounds", type=positive, default=5, help="communication rounds per task")
+    g.add_argument(
+        "--participation_rate",
+        type=number(float, 0, 1, open_low=True),
+        default=1.0,
+        help="share of the clients drawn in each round",
+    )
+    g.add_argument(
+        "--partition_mode",
+        choices=("distribution", "quantity", "iid"),
+        default="distribution",
+        help="distribution: Dirichlet over clients for each class; quantity: a fixed number of classes per client",
+    )
+    g.add_argument(
+        "--distribution_alpha",
+        "--beta",
+        type=number(float, 0, open_low=True),
+        default=0.5,
+        help="concentration of the Dirichlet; small is more skewed",
+    )
+    g.add_argument("--class_quantity", type=positive, default=2, help="classes per client and task (quantity)")
+    g.add_argument("--partition_seed", type=count, default=None, help="seed of the partition; default: --seed")
+    g.add_argument(
+        "--avg_type",
+        choices=("weighted", "uniform"),
+        default="weighted",
+        help="weights of the server's mean: samples of the client, or equal",
+    )
+    g.add_argument("--engine", choices=("serial",), default="serial", help="where client code runs")
+    g = parser.add_argument_group("run")
+    g.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ...; default: the best there is")
+    g.add_argument("--num_threads", type=positive, default=None, help="CPU threads of PyTorch")
+    g.add_argument("--base_path", default="./data/", help="folder of the data sets")
+    g.add_argument("--results_path", default="./results/", help="folder of the results")
+    g.add_argument(
+        "--savecheck",
+        choices=("none", "task", "round"),
+        default="none",
+        help="write a checkpoint after every task, or every round (--fl) or epoch (central)",
+    )
+    g.add_argument(
+        "--loadcheck",
+        default=None,
+        help="run folder or checkpoint to go on from; auto: the run with the same "
+        "settings under --results_path, if there is one",
+    )
+    g.add_argument("--eval_every", type=count, default=0, help="also evaluate every this many rounds (--fl) or epochs")
+    g.add_argument(
+        "--enable_other_metrics",
+        type=flag01,
+        default=0,
+        nargs="?",
+        const=1,
+        help="also test on tasks not seen yet, which forward transfer needs",
+    )
+    g.add_argument("--stop_after", type=positive, default=None, help="stop after this many tasks")
+    g.add_argument("--debug_mode", type=flag01, default=0, nargs="?", const=1, help="a few batches per epoch only")
+    g.add_argument("--nowand", type=flag01, default=1, nargs="?", const=1, help="0: log to Weights & Biases as well")
+    g.add_argument("--wandb_project", default="herd")
+    g.add_argument("--notes", default=None, help="free text, kept in args.yaml")
+
+
+def add_rehearsal_args(parser: ArgumentParser) -> None:
+    """Mammoth's flags of methods with a replay buffer."""
+    g = parser.add_argument_group("rehearsal")
+    g.add_argument("--buffer_size", type=number(int, 1), default=200, help="samples kept (per client under --fl)")
+    g.add_argument(
+        "--minibatch_size", type=number(int, 1), default=None, help="replayed per step; default: --batch_size"
+    )
+
+
+def add_management_args(parser: ArgumentParser) -> None:
+    """Part of old Mammoth method files; the general flags already hold these."""
+
+
+def add_experiment_args(parser: ArgumentParser) -> None:
+    """Part of old Mammoth method files; the general flags already hold these."""
+
+
+def _method_parser(cls: type, parser: ArgumentParser) -> None:
+    """Add the method's own flags. Mammoth has had two styles: ``get_parser(parser)`` and ``get_parser()``."""
+    get = getattr(cls, "get_parser", None)
+    if get is None:
+        return
+    if inspect.signature(get).parameters:
+        get(parser)
+        return
+    own = get()
+    known = set(parser._option_string_actions)
+    group = parser.add_argument_group(f"{cls.NAME}")
+    for action in own._actions:
+        if not known.intersection(action.option_strings) and action.option_strings:
+            group._add_action(action)
+    parser.set_defaults(**own._defaults)
+
+
+def _as_argv(settings: dict, parser: ArgumentParser, source: str) -> list[str]:
+    """Settings of a config file as command-line arguments, so that they pass the same checks."""
+    argv = []
+    for key, value in settings.items():
+        action = parser._option_string_actions.get(f"--{key}")
+        if action is None:
+            flags = [o[2:] for o in parser._option_string_actions if o.startswith("--")]
+            raise UserError(f"{source}: unknown setting {key!r}: {nearest(key, flags)}")
+        if isinstance(action, argparse._StoreTrueAction):
+            argv += [f"--{key}"] if value else []
+        elif value is not None:
+            argv += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
+    return argv
+
+
+def _read_yaml(file: Path) -> dict:
+    import yaml
+
+    try:
+        data = yaml.safe_load(file.read_text()) or {}
+    except yaml.YAMLError as e:
+        raise UserError(f"{file} is not valid YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{file} must hold a mapping of settings")
+    return data
+
+
+def _pick(section: dict, dataset: str, fl: bool) -> dict:
+    """Flatten a config section: plain keys, then those under ``fl`` or ``central``, then those of the data set."""
+    chosen = {k: v for k, v in section.items() if not isinstance(v, dict)}
+    for key, value in section.items():
+        if isinstance(value, dict) and key == ("fl" if fl else "central"):
+            chosen.update(_pick(value, dataset, fl))
+    for key, value in section.items():
+        if isinstance(value, dict) and normal(key) == normal(dataset):
+            chosen.update(_pick(value, dataset, fl))
+    return chosen
+
+
+def model_config(model: str, dataset: str, name: str, fl: bool) -> dict:
+    """Settings of ``models/config/<model>.yaml``: section ``default`` overlaid by the section ``name``.
+
+    Raises:
+        UserError: no such section (the message lists those there are).
+    """
+    file = ROOT / "models" / "config" / f"{model.replace('-', '_')}.yaml"
+    data = _read_yaml(file) if file.exists() else {}
+    settings = _pick(data.get("default") or {}, dataset, fl)
+    if name != "default":
+        if name not in data:
+            have = ", ".join(["default", *[k for k in data if k != "default"]])
+            raise UserError(f"--model_config {name!r}: {file.name} has no such section: choose from {have}")
+        settings.update(_pick(data[name] or {}, dataset, fl))
+    return settings
+
+
+def dataset_config(dataset: str, name: str | None) -> dict:
+    """Settings of ``datasets/configs/<dataset>/<name>.yaml``."""
+    if name is None:
+        return {}
+    folder = ROOT / "datasets" / "configs" / normal(dataset)
+    file = folder / f"{name}.yaml"
+    if not file.exists():
+        have = ", ".join(f.stem for f in sorted(folder.glob("*.yaml"))) or "none"
+        raise UserError(f"--dataset_config {name!r}: there is no {file.relative_to(ROOT)}: those there are: {have}")
+    return _read_yaml(file)
+
+
+def _peek(argv: list[str], flag: str, *aliases: str) -> str | None:
+    """The value of one flag before the full parser is known."""
+    value = None
+    for i, arg in enumerate(argv):
+        for name in (flag, *aliases):
+            if arg == name and i + 1 < len(argv):
+                value = argv[i + 1]
+            elif arg.startswith(name + "="):
+                value = arg.split("=", 1)[1]
+    return value
+
+
+def parse_args(argv: list[str] | None = None) -> Namespace:
+    """Parse the command line into the resolved settings of a run.
+
+    Returns:
+        Namespace with every flag of the run, plus ``given`` (names of flags the user typed) and ``command``.
+
+    Raises:
+        UserError: anything wrong with the flags, in one line.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = HerdParser(
+        prog="main.py",
+        allow_abbrev=False,
+        conflict_handler="resolve",
+        description="Herd: continual, federated, spiking and merging methods under one command.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add_general_args(parser)
+    helping = any(a in ("-h", "--help") for a in argv)
+    model, dataset = _peek(argv, "--model"), _peek(argv, "--dataset")
+    if helping and model is None:
+        parser.parse_args(["--help"])
+    for flag, value, package in (("--model", model, "models"), ("--dataset", dataset, "datasets")):
+        if value is None and not helping:
+            raise UserError(f"{flag} is missing: choose from {', '.join(scan(package))}")
+    model = find("models", model, "model")[0]
+
+    from models import get_model_class  # from here on the method's own file is needed, and PyTorch with it
+
+    cls = get_model_class(model)
+    _method_parser(cls, parser)
+    backbone = _peek(argv, "--backbone", "--network")
+    if dataset is not None:
+        dataset = find("datasets", dataset, "dataset")[0]
+        from datasets import get_dataset_class
+
+        data_cls = get_dataset_class(dataset)
+        fl = "--fl" in argv or _implied_fl(cls, argv)
+        defaults = {**data_cls.DEFAULTS, **(data_cls.FED_DEFAULTS if fl else {})}
+        chosen = dataset_config(dataset, _peek(argv, "--dataset_config"))
+        config = model_config(model, dataset, _peek(argv, "--model_config") or "default", fl)
+        for settings in (defaults, chosen, config):
+            backbone = (
+                settings.get("backbone", backbone) if _peek(argv, "--backbone", "--network") is None else backbone
+            )
+    if backbone is not None:
+        import backbones
+
+        backbone = find("backbones", backbone, "backbone")[0]
+        backbones.add_backbone_args(backbone, parser)
+    if helping:
+        parser.parse_args(["--help"])
+
+    front = (
+        _as_argv({k: v for k, v in defaults.items() if k in _dests(parser)}, parser, f"defaults of {dataset}")
+        + _as_argv(chosen, parser, "--dataset_config")
+        + _as_argv(config, parser, f"config of {model}")
+    )
+    front = [f"--model={model}", f"--dataset={dataset}", *front]
+    args, unknown = parser.parse_known_args(front + argv)
+    if unknown:
+        flags = [o for o in parser._option_string_actions if o.startswith("--")]
+        first = unknown[0].split("=")[0]
+        raise UserError(
+            f"unknown flag {first!r} for model {model!r}: {nearest(first, flags)}"
+            if first.startswith("-")
+            else f"cannot place the argument {first!r}: every value needs its flag"
+        )
+    args.model, args.dataset, args.backbone = model, dataset, backbone
+    args.given = sorted(
+        {parser._option_string_actions[o].dest for a in argv if (o := a.split("=")[0]) in parser._option_string_actions}
+    )
+    args.fl = args.fl or _implied_fl(cls, argv)
+    args.command = "python main.py " + " ".join(argv)
+    if getattr(args, "minibatch_size", 0) is None:
+        args.minibatch_size = args.batch_size
+    _check(args, cls, data_cls)
+    return args
+
+
+def _dests(parser: ArgumentParser) -> set[str]:
+    return {o[2:] for o in parser._option_string_actions if o.startswith("--")}
+
+
+def _implied_fl(cls: type, argv: list[str]) -> bool:
+    """fed-mammoth's command lines have no ``--fl``: its flags imply it for methods that only exist federated."""
+    given = {re.split("=", a, maxsplit=1)[0] for a in argv}
+    return bool(getattr(cls, "FEDERATED_ONLY", False) and given.intersection(f"--{f}" for f in FEDERATED_FLAGS))
+
+
+def _check(args: Namespace, cls: type, data_cls: type) -> None:
+    """Settings that do not go together."""
+    if getattr(cls, "FEDERATED_ONLY", False) and not args.fl:
+        raise UserError(f"model {args.model!r} is a federated method: add --fl")
+    if not args.fl:
+        useless = [f"--{f}" for f in FEDERATED_FLAGS if f in args.given]
+        if useless:
+            raise UserError(f"{', '.join(useless)} only make sense with --fl: add --fl or drop them")
+    compatibility = [normal(c) for c in getattr(cls, "COMPATIBILITY", [])]
+    if normal(data_cls.SETTING) not in compatibility:
+        raise UserError(
+            f"model {args.model!r} does not support {data_cls.SETTING} benchmarks such as {args.dataset!r}: "
+            f"it supports {', '.join(compatibility) or 'nothing'}"
+        )
+    if args.optim_nesterov and (args.optimizer != "sgd" or args.optim_mom == 0):
+        raise UserError("--optim_nesterov needs --optimizer sgd and --optim_mom above 0")

@@ -1,0 +1,89 @@
+"""Accuracy on the test sets, class-IL and task-IL, in one pass."""
+
+from __future__ import annotations
+
+import torch
+
+EVAL_BATCH = 256
+
+
+@torch.no_grad()
+def evaluate(model, dataset, tasks) -> tuple[list[float], list[float]]:
+    """Accuracy in % on each of ``tasks`` with the model as it is.
+
+    Class-IL takes the best of all classes seen so far (all there are, for a task not seen yet); task-IL the best
+    among the classes of the image's own task.
+
+    Args:
+        model: a ContinualModel; its ``forward`` gives logits (B, N_CLASSES). tasks: indices of evaluation tasks.
+
+    Returns:
+        (class-IL, task-IL), a value for each task.
+    """
+    was_training = model.training, model.net.training
+    model.eval()
+    class_il, task_il = [], []
+    for task in tasks:
+        start, end = dataset.get_offsets(task)
+        seen = model.n_seen_classes if end <= model.n_seen_classes else dataset.N_CLASSES
+        right = right_task = n = torch.zeros((), device=model.device)
+        for inputs, labels in dataset.loader(
+            dataset.task_indices(task, train=False), task, EVAL_BATCH, train=False, device=model.device
+        ):
+            logits = model(inputs)
+            width = min(seen, logits.shape[1])
+            right = right + (logits[:, :width].argmax(1) == labels).sum()
+            right_task = right_task + (logits[:, start:end].argmax(1) + start == labels).sum()
+            n = n + len(labels)
+        class_il.append(100 * float(right) / float(n))
+        task_il.append(100 * float(right_task) / float(n))
+    model.train(was_training[0])
+    model.net.train(was_training[1])
+    return class_il, task_il
+
+
+class Results:
+    """What has been measured so far: the two accuracy matrices and what summary.csv is made of.
+
+    Attributes:
+        class_il, task_il: lists of rows, row i measured after task i over all evaluation tasks (nan: not evaluated).
+        random: class-IL and task-IL accuracies of the untrained model, for forward transfer; None if not measured.
+    """
+
+    def __init__(self, dataset, args) -> None:
+        self.dataset, self.args = dataset, args
+        self.class_il: list[list[float]] = []
+        self.task_il: list[list[float]] = []
+        self.random: list[list[float]] | None = None
+
+    def tasks(self, after: int) -> list[int]:
+        """Which tasks to test on after task ``after``."""
+        everything = self.args.joint or self.args.enable_other_metrics
+        return list(range(self.dataset.n_eval_tasks if everything else after + 1))
+
+    def measure(self, model, after: int) -> tuple[list[float], list[float]]:
+        """A row of both matrices, padded with nan."""
+        tasks = self.tasks(after)
+        pad = [float("nan")] * (self.dataset.n_eval_tasks - len(tasks))
+        class_il, task_il = evaluate(model, self.dataset, tasks)
+        return class_il + pad, task_il + pad
+
+    def state(self) -> dict:
+        return {"class_il": self.class_il, "task_il": self.task_il, "random": self.random}
+
+    def load(self, state: dict) -> None:
+        self.class_il, self.task_il, self.random = state["class_il"], state["task_il"], state["random"]
+
+    def summary(self) -> dict:
+        """The metrics of utils/metrics.py over what has been measured."""
+        import numpy as np
+
+        from utils.metrics import summary_metrics
+
+        n_tasks = self.dataset.n_eval_tasks
+        counts = [len(self.dataset.task_indices(t, train=False)) for t in range(n_tasks)]
+        # rows of tasks to come, so that one task of many is not taken for joint training
+        pad = [] if self.args.joint else [[float("nan")] * n_tasks] * (n_tasks - len(self.class_il))
+        return summary_metrics(
+            np.array(self.class_il + pad), np.array(self.task_il + pad), counts, *(self.random or (None, None))
+        )

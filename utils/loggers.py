@@ -1,0 +1,265 @@
+"""The folder of a run: results/<dataset>/<model>/<run>/, written as it happens, each file renamed into place."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import hashlib
+import io
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from datetime import datetime
+from functools import cache
+from pathlib import Path
+
+from utils.errors import RunError, UserError
+from utils.registry import ROOT
+
+# settings that say where and how a run is carried out, not what it computes
+NOT_IDENTITY = {
+    "given",
+    "command",
+    "results_path",
+    "base_path",
+    "savecheck",
+    "loadcheck",
+    "stop_after",
+    "nowand",
+    "wandb_project",
+    "notes",
+    "device",
+    "num_threads",
+    "engine",
+    "model_config",
+    "dataset_config",
+}
+# evaluation settings change what is reported on the way, so they stay part of the identity
+
+
+def settings_of(args: Namespace) -> dict:
+    """The resolved settings as plain data, in alphabetical order."""
+    return {k: v for k, v in sorted(vars(args).items()) if k != "given"}
+
+
+def identity(args: Namespace, seed: bool = True) -> dict:
+    """The settings that the numbers of a run depend on."""
+    drop = NOT_IDENTITY | (set() if seed else {"seed"})
+    if not args.fl:
+        from utils.args import FEDERATED_FLAGS
+
+        drop = drop | set(FEDERATED_FLAGS)
+    return {k: v for k, v in settings_of(args).items() if k not in drop}
+
+
+def settings_hash(args: Namespace, seed: bool = True) -> str:
+    """Ten hexadecimal digits that name the settings; without the seed, the group a run belongs to."""
+    return hashlib.blake2b(json.dumps(identity(args, seed), sort_keys=True).encode(), digest_size=5).hexdigest()
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Git commit of the code and versions of what it runs on."""
+    import torch
+
+    try:
+        git = ["git", "-C", str(ROOT)]
+        commit = subprocess.run(
+            [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        if subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip():
+            commit += "+changes"
+    except (OSError, subprocess.CalledProcessError):
+        commit = ""
+    return {
+        "git_commit": commit,
+        "version_python": platform.python_version(),
+        "version_torch": str(torch.__version__),
+        "platform": platform.machine(),
+    }
+
+
+def peak_memory_mb() -> float:
+    """Peak resident memory of this process, or peak allocated on the GPU where there is one, in MB (2^20 bytes)."""
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**20
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a file under a temporary name and rename it."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, file)
+    except OSError as e:
+        raise RunError(f"cannot write {file}: {e.strerror or e}") from e
+
+
+def write_csv(file: Path, rows: list[dict]) -> None:
+    """Write rows as CSV; the columns are those of all rows, in order of appearance. Floats keep full precision."""
+    columns = list(dict.fromkeys(k for row in rows for k in row))
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, columns, restval="")
+    writer.writeheader()
+    writer.writerows([{k: "" if v is None or v != v else v for k, v in row.items()} for row in rows])
+    write_text(file, buffer.getvalue())
+
+
+class Run:
+    """One run's folder and what is written there.
+
+    Attributes:
+        path: the folder. rounds: rows of rounds.csv so far. clock: seconds spent, over all sittings.
+    """
+
+    def __init__(self, path: Path, args: Namespace) -> None:
+        self.path, self.args = path, args
+        self.rounds: list[dict] = []
+        self.clock = {"train": 0.0, "total": 0.0}
+        self._started = time.perf_counter()
+        self._wandb = None
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(path / ".lock", "w")  # noqa: SIM115 - held for as long as the run lives
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is working in {path}: wait for it or start a run of its own") from None
+        except OSError as e:
+            raise UserError(f"cannot write to {path}: {e.strerror or e}; give another --results_path") from None
+        self._log = open(path / "log.txt", "a")  # noqa: SIM115
+
+    # ---- finding and opening
+
+    @staticmethod
+    def folder(args: Namespace) -> Path:
+        return Path(args.results_path) / args.dataset / args.model
+
+    @classmethod
+    def create(cls, args: Namespace) -> Run:
+        """A new folder ``<date>-<time>-s<seed>-<hash>``; sweeps that start in the same second get different ones."""
+        name = f"{datetime.now():%Y%m%d-%H%M%S}-s{args.seed}-{settings_hash(args)}"
+        for k in range(1000):
+            path = cls.folder(args) / (name if k == 0 else f"{name}-{k}")
+            try:
+                path.mkdir(parents=True)
+            except FileExistsError:
+                continue
+            except OSError as e:
+                raise UserError(f"cannot create {path}: {e.strerror or e}; give another --results_path") from None
+            run = cls(path, args)
+            run.write_args()
+            return run
+        raise UserError(f"no free folder for {name} under {cls.folder(args)}")
+
+    @classmethod
+    def candidates(cls, args: Namespace) -> list[Path]:
+        """Folders of runs with the same settings, newest first."""
+        found = cls.folder(args).glob(f"*-s{args.seed}-{settings_hash(args)}*")
+        return sorted((p for p in found if p.is_dir()), key=lambda p: p.name, reverse=True)
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.path / "checkpoint" / "last.safetensors"
+
+    # ---- writing
+
+    def write_args(self) -> None:
+        import yaml
+
+        write_text(self.path / "args.yaml", yaml.safe_dump({**settings_of(self.args), **versions()}, sort_keys=True))
+
+    def say(self, text: str = "", screen: bool = True) -> None:
+        """A line for the reader: on the screen (past any progress bar) and, with the time, in log.txt."""
+        if screen:
+            from tqdm import tqdm
+
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+        self._log.write(f"{datetime.now():%H:%M:%S} {text}\n")
+        self._log.flush()
+
+    def add_round(self, row: dict) -> None:
+        """Append a row to rounds.csv."""
+        self.rounds.append(row)
+        write_csv(self.path / "rounds.csv", self.rounds)
+        if self._wandb is not None:
+            self._wandb.log({k: v for k, v in row.items() if v is not None})
+
+    def write_accuracy(self, class_il, task_il) -> None:
+        """accuracy.csv: for every finished task the accuracy in % on each task, class-IL and task-IL."""
+        rows = []
+        for name, matrix in (("class-il", class_il), ("task-il", task_il)):
+            for i, row in enumerate(matrix):
+                rows.append({"after_task": i, "setting": name, **{f"task_{j}": v for j, v in enumerate(row)}})
+        write_csv(self.path / "accuracy.csv", sorted(rows, key=lambda r: r["after_task"]))
+
+    def write_summary(self, row: dict) -> None:
+        """summary.csv: one row, identity and settings first."""
+        a = self.args
+        fed = (lambda k: getattr(a, k)) if a.fl else (lambda k: None)
+        head = {
+            "run": self.path.name,
+            "model": a.model,
+            "dataset": a.dataset,
+            "backbone": a.backbone,
+            "setting": "federated" if a.fl else "central",
+            "seed": a.seed,
+            "model_config": a.model_config,
+            "settings_hash": settings_hash(a, seed=False),
+            "status": row.pop("status"),
+            **{
+                k: fed(k)
+                for k in (
+                    "num_clients",
+                    "partition_mode",
+                    "distribution_alpha",
+                    "num_comm_rounds",
+                    "participation_rate",
+                )
+            },
+            "n_epochs": a.n_epochs,
+            "batch_size": a.batch_size,
+            "optimizer": a.optimizer,
+            "lr": a.lr,
+        }
+        write_csv(self.path / "summary.csv", [{**head, **row, "command": a.command, **versions()}])
+
+    def start_wandb(self) -> None:
+        """Log to Weights & Biases too (``--nowand 0``), an optional package."""
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("--nowand 0 needs the package wandb: pip install wandb, or leave --nowand at 1") from None
+        self._wandb = wandb.init(
+            project=self.args.wandb_project, name=self.path.name, config=settings_of(self.args), dir=str(self.path)
+        )
+
+    def seconds(self) -> float:
+        """Seconds of all sittings of this run."""
+        return self.clock["total"] + time.perf_counter() - self._started
+
+    def close(self) -> None:
+        self._log.close()
+        self._lock.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def is_finished(path: Path, args: Namespace) -> bool:
+    """Whether the run in a folder has done all the tasks that ``args`` asks for."""
+    try:
+        with open(path / "summary.csv", newline="") as f:
+            row = next(csv.DictReader(f))
+        wanted = int(row["n_tasks"]) if args.stop_after is None else min(args.stop_after, int(row["n_tasks"]))
+        return row["status"] in ("finished", "stopped") and int(row["tasks_done"]) >= wanted
+    except (OSError, StopIteration, KeyError, ValueError):
+        return False
