@@ -113,6 +113,7 @@ def run(args) -> int:
         record.close()
     if status != "interrupted":
         print_run_table(record.path)
+        print(f"files: {record.path}")
     return 130 if status == "interrupted" else 0
 
 

@@ -54,7 +54,7 @@ def simulate(session: Session, worker, partition, checkpoint=None) -> None:
         ids = sorted(sizes)
         while dataset.c_task < task:
             dataset.get_data_loaders()
-        loss = None
+        loss = server.last_loss if session.cursor["step"] > 1 else None  # of the last round, also when resumed
 
         def done(step: int, task=task) -> None:
             session.cursor = {"task": task, "step": step}

@@ -28,7 +28,7 @@ from torch import Tensor
 from backbones.utils.lora import LoRA
 from backbones.utils.moments import InputMoments
 from federated.message import Message
-from models.fedavg import add_lora_args
+from models.fedavg import add_lora_args, graft
 from models.ffa_lora import FfaLora
 from models.utils.gpm import DualGPM, pack_triu, threshold, top_eigenpairs, unpack_triu
 from utils.args import number
@@ -99,7 +99,7 @@ class Dolfin(FfaLora):
         self.adapter = -1  # the task whose A is in place
 
     def make_lora(self, backbone, args) -> LoRA:
-        lora = LoRA(backbone, args.lora_targets, args.lora_r, share_A=True, init="zeros")
+        lora = graft(backbone, args, share_A=True, init="zeros")
         for _, _, A, _ in lora:
             A.requires_grad_(False)
         return lora
@@ -113,9 +113,8 @@ class Dolfin(FfaLora):
 
     def end_rounds(self, clients) -> None:
         """Fold the task's pair into the weights, then let the memory grow by what the final model's inputs span."""
-        self.folds.append(
-            {**self.down_projections(), **{f"up{self.adapter}.{n}.{s}": B.data.clone() for n, s, _, B in self.lora}}
-        )
+        down = {name: A.detach() for name, A in self.down_projections().items()}  # the parameter gets a new A next task
+        self.folds.append({**down, **{f"up{self.adapter}.{n}.{s}": B.data.clone() for n, s, _, B in self.lora}})
         self.lora.fold_into()
         if self.args.dolfin_basis != "none":
             eps = threshold(self.current_task, self.n_tasks, self.args.gpm_lamb, self.args.gpm_lame)
@@ -158,19 +157,25 @@ class Dolfin(FfaLora):
             total = {name: unpack_triu(S.double()) for name, S in reply.tensors("moments.").items()}
             n = reply.get("tokens", 0)
         if not total:
-            raise RunError(
-                f"no client has --gpm_min_samples {self.args.gpm_min_samples} samples of task {self.current_task}: "
-                "lower it or use --dolfin_basis random"
-            )
+            raise self._nobody()
         return {name: S / n for name, S in total.items()}
+
+    def _nobody(self) -> RunError:
+        return RunError(
+            f"no client has --gpm_min_samples {self.args.gpm_min_samples} samples of task {self.current_task}: "
+            "lower it or use --dolfin_basis random"
+        )
 
     def average_designs(self, clients) -> dict[str, Tensor]:
         """Weighted mean of the clients' A, orthonormalised once within the free space, before any training."""
         memory = {f"memory.{n}.{k}": v for n, m in self.memory.items() for k, v in m.state_dict().items()}
         replies = clients.call("design", Message({**self.broadcast(), **memory}, keep=self.broadcast().keep))
+        replies = [r for r in replies if len(r)]
+        if not replies:
+            raise self._nobody()
         weights = self.client_weights(replies)
         mean = {n: sum(w * r[f"A.{n}"].double() for w, r in zip(weights, replies, strict=True)) for n in self.memory}
-        return {n: self.args.lora_a_scale * torch.linalg.qr(self.memory[n].project(a).T).Q.T for n, a in mean.items()}
+        return {n: self.memory[n].orthonormal(a, self.args.lora_a_scale) for n, a in mean.items()}
 
     def down_projections(self) -> dict[str, Tensor]:
         return {f"down{self.adapter}.{layer}.{slices}": A for layer, slices, A, _ in self.lora}
@@ -210,6 +215,8 @@ class Dolfin(FfaLora):
     def design(self, message: Message, client) -> Message:
         """A from this client's data alone, in the free space of the memory it received (``local``)."""
         C = self.local_moments(message, client)
+        if C is None:
+            return Message()
         A = {}
         for name, memory in self.memory.items():
             memory.load_state_dict(message.tensors(f"memory.{name}."))

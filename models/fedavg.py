@@ -13,6 +13,7 @@ from backbones.utils.head import HeadRows
 from backbones.utils.lora import LoRA
 from models.utils.federated_model import FederatedModel
 from utils.args import number
+from utils.errors import UserError
 
 
 def add_lora_args(parser, r: int, targets: str) -> None:
@@ -24,6 +25,18 @@ def add_lora_args(parser, r: int, targets: str) -> None:
         default=[targets],
         help="linear layers to adapt, by the end of their name; :q,k,v picks slices of a fused layer",
     )
+
+
+def graft(backbone, args, **options) -> LoRA:
+    """LoRA on ``--lora_targets`` of the backbone.
+
+    Raises:
+        UserError: the backbone has no such layers.
+    """
+    try:
+        return LoRA(backbone, args.lora_targets, args.lora_r, **options)
+    except ValueError as e:
+        raise UserError(f"--lora_targets does not fit --backbone {args.backbone}: {e}") from None
 
 
 class FedAvg(FederatedModel):
@@ -51,6 +64,10 @@ class FedAvg(FederatedModel):
 
     def __init__(self, backbone, loss, args, transform, dataset=None):
         self.tuning = getattr(args, "tuning", "lora")
+        if self.tuning != "full" and getattr(args, "ce_classes", "current") == "seen":
+            raise UserError(
+                "--ce_classes seen needs --tuning full: otherwise only the current task's head rows are trained"
+            )
         if self.tuning != "full":
             backbone.requires_grad_(False)
         super().__init__(backbone, loss, args, transform, dataset)
@@ -59,7 +76,7 @@ class FedAvg(FederatedModel):
 
     def make_lora(self, backbone, args) -> LoRA:
         """The adapters, grafted on the frozen backbone."""
-        return LoRA(backbone, args.lora_targets, args.lora_r)
+        return graft(backbone, args)
 
     def begin_task(self, dataset) -> None:
         if self.head is not None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from backbones.utils.lora import LoRA
 from federated.message import Message
-from models.fedavg import FedAvg, add_lora_args
+from models.fedavg import FedAvg, add_lora_args, graft
 
 
 class FfaLora(FedAvg):
@@ -25,7 +25,7 @@ class FfaLora(FedAvg):
         return parser
 
     def make_lora(self, backbone, args) -> LoRA:
-        lora = LoRA(backbone, args.lora_targets, args.lora_r)
+        lora = graft(backbone, args)
         for _, _, A, _ in lora:
             A.requires_grad_(False)
         return lora

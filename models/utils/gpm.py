@@ -186,9 +186,18 @@ class DualGPM:
             generator=generator,
             device="cpu" if generator is None else generator.device,
         ).to(self.basis.device)
-        free = min(r, self.dim - self.dim_used)
-        U, R = torch.linalg.qr(self.project(self.project(G[:, :free].T)).T)
-        return self._rows(U * R.diagonal().sign(), r, scale, self.basis.device)
+        return self.orthonormal(G.T, scale)
+
+    @torch.no_grad()
+    def orthonormal(self, rows: Tensor, scale: float = 1 / math.sqrt(3)) -> Tensor:
+        """``rows`` (r x d) projected on the free space and made orthogonal, first to last, each of norm ``scale``.
+
+        The work is done in coordinates of the free space, so that nothing can leave it. Rows beyond its dimension are
+        zero.
+        """
+        Q = self.allowed_basis()
+        U, R = torch.linalg.qr((rows[: Q.shape[1]].to(Q) @ Q).T)
+        return self._rows(Q @ (U * R.diagonal().sign()), len(rows), scale, rows.device)
 
     def _rows(self, U: Tensor, r: int, scale: float, device: torch.device) -> Tensor:
         A = U.new_zeros(r, self.dim)
