@@ -76,7 +76,7 @@ def run(args) -> int:
     from utils import checkpoints
     from utils.compare import print_run_table
     from utils.loggers import Run
-    from utils.training import Interrupted, Session, train_central
+    from utils.training import Interrupted, Session, check_identity, train_central
 
     folder, file, finished = find_checkpoint(args)
     if finished:
@@ -84,6 +84,8 @@ def run(args) -> int:
         print_run_table(folder)
         return 0
     checkpoint = checkpoints.read(file) if file else None
+    if checkpoint is not None:
+        check_identity(checkpoint[0], args)  # before anything is written to a folder that may be another run's
     dataset, model, worker, fresh_net = build(args)
     partition = Partition.make(dataset, args) if worker is not None else None
     record = Run(folder, args) if folder is not None else Run.create(args)
@@ -105,11 +107,14 @@ def run(args) -> int:
                 simulate(session, worker, partition, checkpoint)
             else:
                 train_central(session, checkpoint)
+        if getattr(args, "export_adapter", None):
+            model.export(args.export_adapter)
         status = "finished" if session.cursor["task"] >= dataset.n_train_tasks else "stopped"
     except Interrupted:
         record.say(f"stopped by Ctrl-C; go on with: {args.command} --loadcheck {record.path}")
     finally:
-        session.write_files(status)
+        if session.under_way:
+            session.write_files(status)
         record.close()
     if status != "interrupted":
         print_run_table(record.path)

@@ -189,6 +189,16 @@ class Dolfin(FfaLora):
             {**self.trainable(), **once}, keep=dict.fromkeys(once, 0), adapter=self.adapter, folded=len(self.folds)
         )
 
+    def adapter_over_pretrained(self) -> LoRA:
+        """All finished tasks side by side in one pair of rank r * tasks: sum_t B_t A_t."""
+        r = self.args.lora_r * max(len(self.folds), 1)
+        whole = LoRA(self.net, self.args.lora_targets, r, share_A=True, init="zeros")
+        whole.remove()
+        for name, slices, A, B in whole if self.folds else ():
+            A.data = torch.cat([fold[f"down{t}.{name}.{slices}"] for t, fold in enumerate(self.folds)])
+            B.data = torch.cat([fold[f"up{t}.{name}.{slices}"] for t, fold in enumerate(self.folds)], 1)
+        return whole
+
     # ---------------------------------------------------------------- client
 
     def load(self, message: Message) -> None:

@@ -25,6 +25,9 @@ def add_lora_args(parser, r: int, targets: str) -> None:
         default=[targets],
         help="linear layers to adapt, by the end of their name; :q,k,v picks slices of a fused layer",
     )
+    parser.add_argument(
+        "--export_adapter", default=None, metavar="DIR", help="write the trained adapter there, in PEFT's format"
+    )
 
 
 def graft(backbone, args, **options) -> LoRA:
@@ -68,6 +71,8 @@ class FedAvg(FederatedModel):
             raise UserError(
                 "--ce_classes seen needs --tuning full: otherwise only the current task's head rows are trained"
             )
+        if self.tuning != "lora" and args.export_adapter:
+            raise UserError("--export_adapter: this run would train no adapter; add --tuning lora")
         if self.tuning != "full":
             backbone.requires_grad_(False)
         super().__init__(backbone, loss, args, transform, dataset)
@@ -87,6 +92,14 @@ class FedAvg(FederatedModel):
             return super().trainable()
         adapters = {f"lora.{n}": p for n, p in self.lora.named_parameters() if p.requires_grad} if self.lora else {}
         return {**adapters, **{f"head.{n}": p for n, p in self.head.named_parameters()}}
+
+    def adapter_over_pretrained(self) -> LoRA:
+        """What has been learned on top of the pretrained weights as one adapter."""
+        return self.lora
+
+    def export(self, folder: str) -> None:
+        """Write the adapter as a folder that ``peft.PeftModel.from_pretrained`` reads."""
+        self.adapter_over_pretrained().export_peft(folder, getattr(self.args, "vit_name", self.args.backbone))
 
     def aggregate(self, replies) -> None:
         super().aggregate(replies)

@@ -1,21 +1,22 @@
-# Sourced by the pocket scripts: the rows of the pocket table, "name | flags".
-# A nearest-class-mean reference, the upper bound, rehearsal, and the federated methods with DOLFIN's ablation.
+# Sourced by the pocket scripts: the rows of the pocket table, "name | flags | learning rates to choose from".
+# A nearest-class-mean reference, the upper bound (all data in one place, all classes at once), rehearsal, and the
+# federated methods with DOLFIN's ablation.
 METHODS=(
-  "ncm        | --model ncm"
-  "joint      | --model joint"
-  "er         | --model er"
-  "derpp      | --model derpp"
-  "full       | --model fedavg --tuning full"
-  "head       | --model fedavg --tuning head"
-  "lora       | --model fedavg --tuning lora"
-  "ffa_lora   | --model ffa_lora"
-  "dolfin     | --model dolfin"
-  "unprojected| --model dolfin --dolfin_basis none"
+  "ncm         | --model ncm --fl |"
+  "joint       | --model joint | 0.0003 0.001 0.003"
+  "er          | --model er --fl | 0.0003 0.001 0.003"
+  "derpp       | --model derpp --fl | 0.0003 0.001 0.003"
+  "full        | --model fedavg --tuning full --fl | 0.0001 0.0003 0.001"
+  "head        | --model fedavg --tuning head --fl | 0.001 0.003 0.01"
+  "lora        | --model fedavg --tuning lora --fl | 0.001 0.003 0.01"
+  "ffa_lora    | --model ffa_lora --fl | 0.001 0.003 0.01"
+  "dolfin      | --model dolfin --fl | 0.001 0.003 0.01"
+  "unprojected | --model dolfin --dolfin_basis none --fl | 0.001 0.003 0.01"
 )
 export OMP_WAIT_POLICY=PASSIVE
 PYTHON=${PYTHON:-.venv/bin/python}
 JOBS=${JOBS:-$(nproc 2>/dev/null || sysctl -n hw.ncpu)}
-COMMON="--fl --device cpu --num_threads 1 --loadcheck auto"
+COMMON="--device cpu --num_threads 1 --loadcheck auto"
 
 # run_all FILE: a command line each, JOBS at a time; a failing one is reported and the others go on
 run_all() {

@@ -10,7 +10,8 @@ jobs=$(mktemp)
 for seed in ${SEEDS:-0 1 2}; do
   for dataset in ${DATASETS:-seq-digits seq-glyphs}; do
     for row in "${METHODS[@]}"; do
-      echo "$PYTHON main.py${row#*|} --dataset $dataset --seed $seed $COMMON --savecheck task --results_path $OUT"
+      IFS='|' read -r _ flags _ <<<"$row"
+      echo "$PYTHON main.py $flags --dataset $dataset --seed $seed $COMMON --savecheck task --results_path $OUT"
     done
   done
 done >"$jobs"

@@ -6,14 +6,12 @@ cd "$(dirname "$0")/.."
 source scripts/pocket_methods.sh
 DATASET=${1:-seq-glyphs}
 TASKS=${2:-4}
-RATES=${RATES:-"0.0003 0.001 0.003 0.01"}
 OUT=results/tune
 jobs=$(mktemp)
 for row in "${METHODS[@]}"; do
-  flags=${row#*|}
-  [[ $flags == *"--model ncm"* ]] && continue
-  for lr in $RATES; do
-    echo "$PYTHON main.py$flags --dataset $DATASET $COMMON --optimizer adam --lr $lr --validation 20" \
+  IFS='|' read -r _ flags rates <<<"$row"
+  for lr in $rates; do
+    echo "$PYTHON main.py $flags --dataset $DATASET $COMMON --optimizer adam --lr $lr --validation 20" \
       "--stop_after $TASKS --results_path $OUT"
   done
 done >"$jobs"

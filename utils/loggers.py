@@ -32,6 +32,7 @@ NOT_IDENTITY = {
     "nowand",
     "wandb_project",
     "notes",
+    "export_adapter",
     "device",
     "num_threads",
     "engine",
@@ -235,10 +236,8 @@ class Run:
 
     def start_wandb(self) -> None:
         """Log to Weights & Biases too (``--nowand 0``), an optional package."""
-        try:
-            import wandb
-        except ImportError:
-            raise UserError("--nowand 0 needs the package wandb: pip install wandb, or leave --nowand at 1") from None
+        import wandb
+
         self._wandb = wandb.init(
             project=self.args.wandb_project, name=self.path.name, config=settings_of(self.args), dir=str(self.path)
         )

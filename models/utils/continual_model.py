@@ -110,12 +110,21 @@ class ContinualModel(nn.Module):
 
     @property
     def current_task(self) -> int:
-        return self._current_task
+        return vars(self).get("_task_of_method", self._current_task)
+
+    @current_task.setter
+    def current_task(self, value: int) -> None:
+        # Old Mammoth methods count tasks themselves, from when they like; class counts do not follow them.
+        self._task_of_method = value
 
     @property
     def cpt(self):
         """Classes per task, an int or a list (as the data set declares it)."""
         return self._cpt
+
+    @cpt.setter
+    def cpt(self, value) -> None:
+        self._cpt = value
 
     @property
     def n_past_classes(self) -> int:
@@ -161,6 +170,8 @@ class ContinualModel(nn.Module):
         """The learning-rate schedule by ``--lr_scheduler`` over the ``--n_epochs`` epochs to come, or None."""
         if opt is None or self.args.lr_scheduler == "none":
             return None
+        for group in opt.param_groups:  # where an earlier schedule has left it
+            group["lr"] = group.get("initial_lr", group["lr"])
         if self.args.lr_scheduler == "cosine":
             return torch.optim.lr_scheduler.CosineAnnealingLR(opt, max(self.args.n_epochs, 1))
         return torch.optim.lr_scheduler.MultiStepLR(opt, self.args.lr_milestones, self.args.sched_multistep_lr_gamma)

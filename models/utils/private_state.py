@@ -8,14 +8,17 @@ so participation never hands one client's buffer to another.
 from __future__ import annotations
 
 import copy
+import warnings
 
 import torch
 from torch import nn
 
+from datasets.utils.continual_dataset import ContinualDataset
 from federated.message import Message, Reply
 from models.utils.continual_model import ContinualModel, construct
 from models.utils.federated_model import FederatedModel
 from utils.checkpoints import model_attributes
+from utils.errors import RunError
 
 
 class ClientView:
@@ -47,12 +50,26 @@ class PrivateStateModel(FederatedModel):
             *self.net.modules(),
             *self.net.parameters(),
             *self.net.buffers(),
+            *(v for v in vars(self.inner).values() if isinstance(v, ContinualDataset)),
         ]
         self._own_shared = {id(s): s for s in shared}
         self._own_pristine = self._copy(self._private())  # "_own": rebuilt, never saved
 
     def forward(self, x):
-        return self.inner(x)
+        """The method's own prediction; if it rests on what only clients hold (class means), the network's."""
+        if not hasattr(self, "_own_network_only"):
+            try:
+                return self.inner(x)
+            except Exception as e:  # whatever an empty buffer leads to
+                if type(self.inner).forward is ContinualModel.forward:
+                    raise
+                warnings.warn(
+                    f"{self.NAME} cannot predict on the server ({type(e).__name__}: {e}), which has no client's "
+                    "private state: accuracies are those of the averaged network",
+                    stacklevel=2,
+                )
+                self._own_network_only = True
+        return self.net(x)
 
     def get_debug_iters(self) -> int:
         return self.inner.get_debug_iters()
@@ -83,7 +100,7 @@ class PrivateStateModel(FederatedModel):
             (self.inner._parameters if isinstance(t, nn.Parameter) else self.inner._buffers)[name] = t
         self.inner._current_task = client.task
         self.inner._count_classes()
-        view = ClientView(self.dataset, client.train_loader())
+        self.inner.dataset = view = ClientView(self.dataset, client.train_loader())
         if client.state["task"] == client.task:
             vars(view.train_loader.dataset).update(client.state["view"])
         return view
@@ -94,6 +111,18 @@ class PrivateStateModel(FederatedModel):
         client.state["method"] = self._private()
         client.state["view"] = view_state(view.train_loader.dataset)
         self._clear()
+        self.inner.dataset = self.dataset
+        if self.inner.net is not self.net:
+            self._take_weights(self.inner.net)
+            self.inner.net = self.net
+
+    def _take_weights(self, net: nn.Module) -> None:
+        """The method has put another network in place of its own: what is sent are that one's weights."""
+        mine, theirs = self.net.state_dict(keep_vars=True), net.state_dict()
+        if {n: t.shape for n, t in mine.items()} != {n: t.shape for n, t in theirs.items()}:
+            raise RunError(f"{self.NAME} has replaced its network by one of another structure: that cannot be averaged")
+        for name, t in mine.items():
+            t.data = theirs[name].to(t, copy=True)
 
     def _clear(self) -> None:
         private = self._private()
@@ -106,6 +135,15 @@ class PrivateStateModel(FederatedModel):
             self.inner._buffers.pop(name, None)
 
     # ---- server
+
+    def meta_begin_task(self, dataset) -> None:
+        super().meta_begin_task(dataset)
+        self.inner._current_task = self.current_task
+        self.inner._count_classes()
+
+    def meta_end_task(self, dataset) -> None:
+        super().meta_end_task(dataset)
+        self.inner._current_task = self.current_task
 
     def begin_rounds(self, clients) -> None:
         self.trained_by = []
@@ -158,6 +196,7 @@ class PrivateStateModel(FederatedModel):
         self.load(message)
         view = self._enter(client)
         self.inner.opt = self.inner.get_optimizer()
+        self.inner.net.train()
         self.inner.end_task(view)
         self._leave(client, view)
         same = all(torch.equal(message[name], t) for name, t in {**self.trainable(), **self.shared_buffers()}.items())
