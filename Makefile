@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 run: $(VENV)/.run
 	$(PY) main.py --model dolfin --dataset seq-digits --fl --savecheck task --loadcheck auto
-	$(PY) main.py --model fedavg --tuning lora --dataset seq-digits --fl --savecheck task --loadcheck auto
+	$(PY) main.py --model fedavg --model_config lora --dataset seq-digits --fl --savecheck task --loadcheck auto
 	$(PY) -m utils.compare results/seq-digits --plot results/seq-digits.png
 	@echo "runs (CSV, log, checkpoint): results/seq-digits/<model>/<run>/   plot: results/seq-digits.png"
 

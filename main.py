@@ -126,10 +126,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run(parse_args(argv))
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
+        print("error:", *str(e).split(), file=sys.stderr)  # one line, whatever a library has put in it
         return 2
     except RunError as e:
-        print(f"run failed: {e}", file=sys.stderr)
+        print("run failed:", *str(e).split(), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

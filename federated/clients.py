@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -47,12 +48,30 @@ class Ledger:
         )
 
     def state(self) -> dict:
-        """For the checkpoint."""
-        return {"rows": self.rows, "held": self.held, "uplink": self.uplink, "downlink": self.downlink}
+        """For the checkpoint; the rows as one table of integers, since there may be a million of them."""
+        calls = sorted({row["call"] for row in self.rows})
+        table = [[calls.index(v) if k == "call" else v for k, v in row.items()] for row in self.rows]
+        rows = torch.tensor(table, dtype=torch.int64).reshape(-1, 6)
+        return {"rows": rows, "calls": calls, "held": self.held, "uplink": self.uplink, "downlink": self.downlink}
 
     def load(self, state: dict) -> None:
-        self.rows, self.held = state["rows"], state["held"]
+        names = ("task", "round", "client", "call", "uplink_bytes", "downlink_bytes")
+        self.rows = [dict(zip(names, row, strict=True)) for row in state["rows"].tolist()]
+        for row in self.rows:
+            row["call"] = state["calls"][row["call"]]
+        self.held = state["held"]
         self.uplink, self.downlink = state["uplink"], state["downlink"]
+
+
+def in_order(done: Iterable[tuple[int, object]], ids: list[int]) -> Iterator[tuple[int, object]]:
+    """Pairs (client, answer) in the order of ``ids``, however the engine finished them."""
+    waiting, early = list(reversed(ids)), {}
+    for client, answer in done:
+        early[client] = answer
+        while waiting and waiting[-1] in early:
+            yield waiting[-1], early.pop(waiting.pop())
+    if waiting:
+        raise RunError(f"the engine has no answer of client {waiting[-1]}")
 
 
 class Clients:
@@ -91,10 +110,11 @@ class Clients:
         done = self._engine.run(call, message, self.ids, self._task, self._round)
         if self._progress is not None:
             done = self._progress(done, len(self.ids), call)
-        for client, answer in done:
+        for client, answer in in_order(done, self.ids):
             reply = Reply(answer if answer is not None else {}, client)
             for name, t in reply.tensors().items():
-                if t.is_floating_point() and not torch.isfinite(t).all():
+                # a sum shows every nan and inf at a fraction of the price; it may also overflow by itself
+                if t.is_floating_point() and not math.isfinite(t.sum()) and not torch.isfinite(t).all():
                     raise RunError(
                         f"client {client} sent a non-finite {name!r} (task {self._task}, round {self._round}, "
                         f"{call}): its update is refused; a smaller --lr or --clip_grad usually helps"
@@ -110,7 +130,7 @@ class Clients:
         Raises:
             RunError: a reply with a value that is not finite (named by client and tensor).
         """
-        return sorted(self._replies(call, message), key=lambda r: r.client)
+        return list(self._replies(call, message))
 
     def sum(self, call: str, message: Message) -> Message:
         """Run ``call`` on every client and add the replies up, entry by entry, in client order.

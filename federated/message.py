@@ -36,18 +36,21 @@ class Message(Mapping):
             counted, only to clients that do not hold that version yet; every client sees them in every message.
 
     Raises:
-        TypeError: an entry that is neither a tensor nor a plain value.
+        TypeError: an entry that is neither a tensor (dense, of a usual type) nor a plain value, or has no usual name.
     """
 
     def __init__(self, entries: Mapping | None = None, keep: Mapping[str, int] | None = None, **more) -> None:
         self._entries = {**(entries or {}), **more}
         self.keep = dict(keep or {})
         for name, value in self._entries.items():
-            if isinstance(value, torch.Tensor):
+            if not isinstance(name, str) or name == "__metadata__":
+                raise TypeError(f"{name!r} cannot be the name of a message entry: give another string")
+            if isinstance(value, torch.Tensor) and value.dtype in _DTYPES and value.layout is torch.strided:
                 self._entries[name] = value.detach()
             elif not isinstance(value, (int, float, str, bool)):
+                odd = f"{value.dtype} {value.layout} " if isinstance(value, torch.Tensor) else ""
                 raise TypeError(
-                    f"message entry {name!r} is a {type(value).__name__}: only tensors, numbers and strings travel"
+                    f"message entry {name!r} is a {odd}{type(value).__name__}: only tensors, numbers and strings travel"
                 )
         if not set(self.keep) <= set(self._entries):
             raise KeyError(f"keep names what the message does not hold: {sorted(set(self.keep) - set(self._entries))}")
@@ -110,7 +113,11 @@ class Message(Mapping):
         """Serialise with safetensors; numbers travel in the header."""
         from safetensors.torch import save
 
-        return save({k: v.contiguous() for k, v in self.tensors().items()}, metadata=self._metadata() or None)
+        tensors = {k: v.contiguous() for k, v in self.tensors().items()}
+        storages = {v.untyped_storage().data_ptr() for v in tensors.values() if v.numel()}
+        if len(storages) < sum(v.numel() > 0 for v in tensors.values()):  # safetensors refuses shared storage
+            tensors = {k: v.clone() for k, v in tensors.items()}
+        return save(tensors, metadata=self._metadata() or None)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Message:

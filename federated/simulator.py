@@ -30,6 +30,7 @@ def simulate(session: Session, worker, partition, checkpoint=None) -> None:
     args, dataset, server, run = session.args, session.dataset, session.model, session.run
     ledger, states = Ledger(), {}
     engine = SerialEngine(worker, partition, states, args)
+    session.nets.append(worker.net)
     session.parts.update(ledger=ledger.state, clients=lambda: states)
     session.resume(checkpoint, {"clients": {i: worker.fresh_state() for i in range(args.num_clients)}})
     if session.restored:

@@ -45,7 +45,6 @@ class Dolfin(FfaLora):
     @staticmethod
     def get_parser(parser):
         add_lora_args(parser, 10, "attn.qkv:k,v")
-        parser.set_defaults(lr=5e-4, optimizer="adam")
         share = number(float, 0, 1, open_low=True)
         parser.add_argument(
             "--dolfin_basis",

@@ -6,12 +6,12 @@ METHODS=(
   "joint       | --model joint | 0.0003 0.001 0.003"
   "er          | --model er --fl | 0.0003 0.001 0.003"
   "derpp       | --model derpp --fl | 0.0003 0.001 0.003"
-  "full        | --model fedavg --tuning full --fl | 0.0001 0.0003 0.001"
-  "head        | --model fedavg --tuning head --fl | 0.001 0.003 0.01"
-  "lora        | --model fedavg --tuning lora --fl | 0.001 0.003 0.01"
-  "ffa_lora    | --model ffa_lora --fl | 0.001 0.003 0.01"
-  "dolfin      | --model dolfin --fl | 0.001 0.003 0.01"
-  "unprojected | --model dolfin --dolfin_basis none --fl | 0.001 0.003 0.01"
+  "full        | --model fedavg --fl | 0.0001 0.0003 0.001 0.003"
+  "head        | --model fedavg --model_config head --fl | 0.001 0.003 0.01 0.03"
+  "lora        | --model fedavg --model_config lora --fl | 0.001 0.003 0.01 0.03"
+  "ffa_lora    | --model ffa_lora --fl | 0.001 0.003 0.01 0.03"
+  "dolfin      | --model dolfin --fl | 0.001 0.003 0.01 0.03"
+  "unprojected | --model dolfin --dolfin_basis none --fl | 0.001 0.003 0.01 0.03"
 )
 export OMP_WAIT_POLICY=PASSIVE
 PYTHON=${PYTHON:-.venv/bin/python}

@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/pocket_methods.sh
 DATASET=${1:-seq-glyphs}
-TASKS=${2:-4}
+TASKS=${2:-3}
 OUT=results/tune
 jobs=$(mktemp)
 for row in "${METHODS[@]}"; do

@@ -12,8 +12,10 @@ import argparse
 import inspect
 import math
 import re
+import shlex
 import sys
 from argparse import ArgumentParser, Namespace
+from importlib.util import find_spec
 from pathlib import Path
 
 from utils import binary_to_boolean_type
@@ -94,7 +96,7 @@ def add_general_args(parser: ArgumentParser) -> None:
     g = parser.add_argument_group("optimisation")
     g.add_argument("--n_epochs", "--num_epochs", type=count, default=1, help="epochs per task; under --fl per round")
     g.add_argument("--batch_size", type=positive, default=32)
-    g.add_argument("--lr", type=number(float, 0), default=0.03, help="learning rate")
+    g.add_argument("--lr", type=number(float, 0, 1e38), default=0.03, help="learning rate")
     g.add_argument("--optimizer", choices=("sgd", "adam", "adamw"), default="sgd")
     g.add_argument("--optim_wd", type=number(float, 0), default=0.0, help="weight decay")
     g.add_argument("--optim_mom", type=number(float, 0, 1), default=0.0, help="momentum (sgd)")
@@ -143,7 +145,7 @@ def add_general_args(parser: ArgumentParser) -> None:
     g.add_argument("--engine", choices=("serial",), default="serial", help="where client code runs")
     g = parser.add_argument_group("run")
     g.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ...; default: the best there is")
-    g.add_argument("--num_threads", type=positive, default=None, help="CPU threads of PyTorch")
+    g.add_argument("--num_threads", type=number(int, 1, 1024), default=None, help="CPU threads of PyTorch")
     g.add_argument("--base_path", default="./data/", help="folder of the data sets")
     g.add_argument("--results_path", default="./results/", help="folder of the results")
     g.add_argument(
@@ -361,7 +363,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         {parser._option_string_actions[o].dest for a in argv if (o := a.split("=")[0]) in parser._option_string_actions}
     )
     args.fl = args.fl or _implied_fl(cls, argv)
-    args.command = "python main.py " + " ".join(argv)
+    args.command = shlex.join(["python", "main.py", *argv])
     if getattr(args, "minibatch_size", 0) is None:
         args.minibatch_size = args.batch_size
     _check(args, cls, data_cls)
@@ -392,5 +394,7 @@ def _check(args: Namespace, cls: type, data_cls: type) -> None:
             f"model {args.model!r} does not support {data_cls.SETTING} benchmarks such as {args.dataset!r}: "
             f"it supports {', '.join(compatibility) or 'nothing'}"
         )
+    if not args.nowand and find_spec("wandb") is None:
+        raise UserError("--nowand 0 needs the package wandb: pip install wandb, or leave --nowand at 1")
     if args.optim_nesterov and (args.optimizer != "sgd" or args.optim_mom == 0):
         raise UserError("--optim_nesterov needs --optimizer sgd and --optim_mom above 0")

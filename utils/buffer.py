@@ -6,6 +6,7 @@ buffer here and there.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -356,7 +357,8 @@ def fill_buffer(
         buffer: changed in place.
         dataset: with ``N_CLASSES_PER_TASK``, ``train_loader`` (batches of inputs, labels, not augmented inputs) and
             ``get_normalization_transform()``.
-        net: the network, needed for herding and for logits (stored as ``sigmoid(logits)``, as in Mammoth).
+        net: the network (or the method that holds it), needed for herding and for logits (stored as
+            ``sigmoid(logits)``, as in Mammoth).
         required_attributes: what to store; default: examples and labels.
         normalize_features: herd on features of norm 1.
 
@@ -365,6 +367,7 @@ def fill_buffer(
         ValueError: a network is needed and missing, or the buffer holds other attributes already.
     """
     wanted = list(required_attributes or ["examples", "labels"])
+    net = getattr(net, "net", net)
     if net is None and (use_herding or "logits" in wanted):
         raise ValueError("herding and logits need net")
     if len(buffer) and set(buffer.used_attributes) != set(wanted):
@@ -418,3 +421,30 @@ def fill_buffer(
         order = _herd(rows["features"][of_class], per_class) if use_herding else torch.randperm(len(of_class))
         pick = of_class[order[:per_class]]
         buffer.add_data(**{name: rows[name][pick] for name in wanted})
+
+
+def icarl_replay(model: Any, dataset: Any, val_set_split: float = 0) -> None:
+    """Put the buffer's examples among the current task's training samples, as iCaRL trains on both alike.
+
+    Args:
+        model: a method with a ``buffer`` of examples and labels; nothing happens as long as it is empty.
+        dataset: the images and labels of its ``train_loader`` are replaced.
+        val_set_split: share of the buffer, with as many of the task's samples, that goes to ``model.val_loader``
+            (images under the test transform, labels) instead.
+    """
+    if model.buffer.is_empty():
+        return
+    loader, view = dataset.train_loader, dataset.train_loader.dataset
+    images, labels = model.buffer.get_data_by_index(range(len(model.buffer)), device="cpu")[:2]
+    held = torch.rand(len(labels)) < val_set_split
+    held_of_task = torch.zeros(len(view), dtype=torch.bool)
+    held_of_task[torch.randperm(len(view))[: int(held.sum())]] = True
+    data = torch.cat([view.data.cpu(), (images * 255).round().to(torch.uint8)])
+    targets = torch.cat([torch.as_tensor(view.targets), labels])
+    held = torch.cat([held_of_task, held])
+    if val_set_split > 0:
+        model.val_loader = copy.copy(loader)
+        model.val_loader.dataset = validation = copy.copy(view)
+        validation.train, validation.transform = False, dataset.get_test_transform()
+        validation.data, validation.targets = data[held], targets[held]
+    view.data, view.targets = data[~held].to(view.data.device), targets[~held]

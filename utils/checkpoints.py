@@ -11,13 +11,14 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
+from datasets.utils.continual_dataset import ContinualDataset
 from utils.errors import RunError, UserError
 
 FORMAT = 1
@@ -61,14 +62,19 @@ class Writer:
 
     Args:
         baseline: fingerprints of the network's tensors as they were built; tensors that still have them are not stored.
+        nets: the networks of the run, the one that ``baseline`` is about first. A weight of theirs that a method also
+            holds elsewhere (in a list of what it trains) is stored as a reference.
     """
 
-    def __init__(self, baseline: dict[str, str] | None = None, net: nn.Module | None = None) -> None:
+    def __init__(self, baseline: dict[str, str] | None = None, nets: Sequence[nn.Module] = ()) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
-        self.baseline, self.net = baseline or {}, net
-        self.seen: dict[int, str] = {}
+        self.baseline, self.net = baseline or {}, nets[0] if nets else None
+        self.seen: dict[int, tuple[str, object]] = {}  # with the object, so that no other gets its id
+        self.of_net = {id(p): (i, name) for i, net in enumerate(nets) for name, p in net.named_parameters()}
 
     def tensor(self, value: torch.Tensor, path: str) -> str:
+        while path in self.tensors:  # {1: a, "1": b}
+            path += "'"
         self.tensors[path] = value.detach().cpu().clone().contiguous()
         return path
 
@@ -80,10 +86,12 @@ class Writer:
         """
         if value is None or isinstance(value, (bool, int, str, float)):
             return value
+        if id(value) in self.of_net:
+            return {"of_net": self.of_net[id(value)]}
         if isinstance(value, nn.Parameter):
             return {"param": self.tensor(value, path), "grad": value.requires_grad}
         if isinstance(value, torch.Tensor):
-            return {"tensor": self.tensor(value, path)}
+            return {"tensor": self.tensor(value, path), "grad": value.requires_grad and value.is_leaf}
         if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
             return {"ndarray": self.tensor(torch.from_numpy(np.array(value)), path)}
         if isinstance(value, np.generic):
@@ -93,23 +101,26 @@ class Writer:
         if isinstance(value, (torch.device, torch.dtype)):
             return {"torch": str(value).replace("torch.", "")}
         if type(value) in (list, tuple, set):
-            items = sorted(value) if isinstance(value, set) else value
+            items = sorted(value, key=repr) if isinstance(value, set) else value
             return {type(value).__name__: [self.encode(v, f"{path}.{i}") for i, v in enumerate(items)]}
         if isinstance(value, dict):
             return {
                 "dict": [
                     [self.encode(k, f"{path}.key{i}"), self.encode(v, f"{path}.{k}")]
                     for i, (k, v) in enumerate(value.items())
-                ]
+                ],
+                **({"class": class_name(value)} if type(value) is not dict else {}),
             }
+        if isinstance(value, (type, ContinualDataset)) or hasattr(value, "__code__"):
+            return {"code": class_name(value)}
         if id(value) in self.seen:
-            return {"ref": self.seen[id(value)]}
-        self.seen[id(value)] = path
+            return {"ref": self.seen[id(value)][0]}
+        self.seen[id(value)] = path, value
         if isinstance(value, nn.Module):
             return self.module(value, path)
         if callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None)):
             return {"object": self.encode(value.state_dict(), path), "class": class_name(value)}
-        if callable(value) and not hasattr(value, "__dict__") or isinstance(value, type) or hasattr(value, "__code__"):
+        if callable(value) and not hasattr(value, "__dict__"):
             return {"code": class_name(value)}
         if hasattr(value, "__dict__") and type(value).__module__.split(".")[0] in ("models", "backbones", "utils"):
             return {"fields": self.encode(dict(vars(value)), path), "class": class_name(value)}
@@ -147,6 +158,7 @@ class Reader:
 
     Args:
         fresh_net: makes a network like the run's own, for copies of it that a method kept (a teacher).
+        nets: the networks of the run, in the writer's order.
     """
 
     def __init__(
@@ -154,8 +166,9 @@ class Reader:
         tensors: dict[str, torch.Tensor],
         fresh_net: Callable[[], nn.Module] | None = None,
         device: torch.device | str = "cpu",
+        nets: Sequence[nn.Module] = (),
     ) -> None:
-        self.tensors, self.fresh_net, self.device = tensors, fresh_net, device
+        self.tensors, self.fresh_net, self.device, self.nets = tensors, fresh_net, device, nets
         self.by_path: dict[str, object] = {}
 
     def decode(self, spec, fresh=None, path: str = ""):
@@ -164,11 +177,13 @@ class Reader:
             return spec
         kind = next(iter(spec))
         body = spec[kind]
+        if kind == "of_net":
+            return self.nets[body[0]].get_parameter(body[1])
         if kind == "param":
             return nn.Parameter(self.tensors[body].to(self.device), requires_grad=spec["grad"])
         if kind == "tensor":
-            t = self.tensors[body]
-            return t.to(fresh.device if isinstance(fresh, torch.Tensor) else self.device)
+            t = self.tensors[body].to(fresh.device if isinstance(fresh, torch.Tensor) else self.device)
+            return t.requires_grad_(spec["grad"])
         if kind == "ndarray":
             return self.tensors[body].numpy()
         if kind == "np":
@@ -178,7 +193,8 @@ class Reader:
             generator.set_state(self.tensors[body])
             return generator
         if kind == "torch":
-            return getattr(torch, body) if hasattr(torch, body) else torch.device(body)
+            dtype = getattr(torch, body, None)  # torch.cpu is a module
+            return dtype if isinstance(dtype, torch.dtype) else torch.device(body)
         if kind in ("list", "tuple", "set"):
             olds = list(fresh) if isinstance(fresh, (list, tuple)) else []
             items = [self.decode(v, olds[i] if i < len(olds) else None, f"{path}.{i}") for i, v in enumerate(body)]
@@ -191,11 +207,16 @@ class Reader:
                 fresh.clear()
                 fresh.update(new)
                 return fresh
+            if spec.get("class", "collections.OrderedDict") != "collections.OrderedDict":
+                raise UserError(f"the checkpoint holds a {spec['class']} at {path!r} that this version does not build")
             return new
         if kind == "ref":
             return self.by_path[body]
         if kind == "code":
+            self.by_path[path] = fresh
             return fresh
+        if fresh is not None:
+            self.by_path[path] = fresh  # what it holds may refer to it
         value = {"module": self.module, "model": self.model, "object": self.object, "fields": self.fields}[kind](
             spec, fresh, path
         )
@@ -279,13 +300,20 @@ def fresh_copy(net: nn.Module) -> Callable[[], nn.Module]:
     return lambda: copy.deepcopy(pristine)
 
 
-def write(file: Path, plain: dict, values: dict, baseline: dict[str, str] | None = None, net=None) -> None:
+def write(
+    file: Path,
+    plain: dict,
+    values: dict,
+    baseline: dict[str, str] | None = None,
+    nets: Sequence[nn.Module] = (),
+) -> None:
     """Write a checkpoint under a temporary name, then rename it: a reader sees the old one or the new one.
 
     Args:
         plain: JSON data (settings, cursor, results). values: name to any value that :class:`Writer` takes.
+        baseline, nets: see :class:`Writer`.
     """
-    writer = Writer(baseline, net)
+    writer = Writer(baseline, nets)
     specs = {name: writer.encode(value, name) for name, value in values.items()}
     header = json.dumps({"format": FORMAT, "plain": plain, "specs": specs})
     from safetensors.torch import save_file

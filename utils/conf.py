@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -33,7 +34,20 @@ def set_random_seed(*keys) -> None:
     seed = derive_seed(*keys)
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    for seed_device in _seeders():
+        seed_device(seed)
+
+
+@cache
+def _seeders() -> list[Callable[[int], object]]:
+    """What seeds PyTorch's generators. ``torch.manual_seed`` formats a stack trace for each kind of device that is not
+    there, which takes a small client longer than its round."""
+    seeders: list[Callable[[int], object]] = [torch.default_generator.manual_seed]
+    if torch.cuda.is_available():
+        seeders.append(torch.cuda.manual_seed_all)
+    if torch.backends.mps.is_available():
+        seeders.append(torch.mps.manual_seed)
+    return seeders
 
 
 @cache

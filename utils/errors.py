@@ -23,6 +23,9 @@ def nearest(name: str, allowed: Iterable[str], n: int = 3) -> str:
     allowed = sorted(set(allowed))
     close = difflib.get_close_matches(name.lower().replace("_", "-"), [a.lower().replace("_", "-") for a in allowed], n)
     if close:
-        names = [a for a in allowed if a.lower().replace("_", "-") in close]
+        names = sorted(
+            (a for a in allowed if a.lower().replace("_", "-") in close),
+            key=lambda a: close.index(a.lower().replace("_", "-")),
+        )
         return "did you mean " + " or ".join(repr(a) for a in names) + "?"
     return "choose from " + ", ".join(allowed)

@@ -102,6 +102,7 @@ def write_text(file: Path, text: str) -> None:
         temporary.write_text(text)
         os.replace(temporary, file)
     except OSError as e:
+        temporary.unlink(missing_ok=True)
         raise RunError(f"cannot write {file}: {e.strerror or e}") from e
 
 
@@ -165,7 +166,7 @@ class Run:
     def candidates(cls, args: Namespace) -> list[Path]:
         """Folders of runs with the same settings, newest first."""
         found = cls.folder(args).glob(f"*-s{args.seed}-{settings_hash(args)}*")
-        return sorted((p for p in found if p.is_dir()), key=lambda p: p.name, reverse=True)
+        return sorted((p for p in found if p.is_dir()), key=lambda p: (p.name[:15], len(p.name), p.name), reverse=True)
 
     @property
     def checkpoint(self) -> Path:

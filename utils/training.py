@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 
@@ -28,16 +29,16 @@ class Session:
 
     Attributes:
         cursor: what comes next: task, and step, the epoch or communication round within it (0: the task has not begun).
-        results: the accuracy matrices. run: the folder.
+        results: the accuracy matrices. run: the folder. under_way: whether there is anything to write there yet.
     """
 
     def __init__(self, args, dataset, model, run: Run, fresh_net) -> None:
         self.args, self.dataset, self.model, self.run = args, dataset, model, run
         self.results = Results(dataset, args)
         self.cursor = {"task": 0, "step": 0}
-        self.fresh_net = fresh_net
+        self.fresh_net, self.nets = fresh_net, [model.net]  # the networks in use; the simulator adds the worker's
         self.baseline = checkpoints.baseline_of(model.net) if args.savecheck != "none" else {}
-        self.interrupted = False
+        self.interrupted = self.under_way = False
         # state beside the model: name -> function that gives its value for the checkpoint; values come back in restored
         self.parts: dict[str, Callable] = {}
         self.restored: dict = {}
@@ -56,7 +57,7 @@ class Session:
             "clock": self.run.clock,
         }
         values = {"model": self.model, **{name: get() for name, get in self.parts.items()}}
-        checkpoints.write(self.run.checkpoint, plain, values, self.baseline, self.model.net)
+        checkpoints.write(self.run.checkpoint, plain, values, self.baseline, self.nets)
 
     def resume(self, checkpoint, fresh: dict | None = None) -> None:
         """Take up a checkpoint: the model and the cursor at once, the other parts into ``restored``.
@@ -69,16 +70,18 @@ class Session:
             UserError: it belongs to other settings.
         """
         if checkpoint is None:
+            self.under_way = True
             return
         plain, specs, tensors = checkpoint
         check_identity(plain, self.args)
         self.cursor, self.run.rounds, self.run.clock = plain["cursor"], plain["rounds"], plain["clock"]
         self.results.load(plain["results"])
-        reader = checkpoints.Reader(tensors, self.fresh_net, self.model.device)
+        reader = checkpoints.Reader(tensors, self.fresh_net, self.model.device, self.nets)
         reader.decode(specs["model"], self.model, "model")
         self.restored = {
             name: reader.decode(specs[name], (fresh or {}).get(name), name) for name in specs if name != "model"
         }
+        self.under_way = True
 
     def boundary(self, level: str) -> None:
         """Between two phases: save if ``--savecheck`` asks for this level (round or task), stop if Ctrl-C asked.
@@ -218,9 +221,13 @@ def check_identity(plain: dict, args) -> None:
 def train_central(session: Session, checkpoint=None) -> None:
     """Mammoth's loop: tasks, epochs, batches, on one device."""
     args, dataset, model = session.args, session.dataset, session.model
-    session.parts["optimizer"] = lambda: model.opt.state_dict() if session.cursor["step"] and model.opt else None
+    session.parts["optimizer"] = lambda: model.opt.state_dict() if model.opt is not None else None
     session.parts["view"] = lambda: view_state(dataset.train_loader.dataset) if session.cursor["step"] else None
     session.resume(checkpoint)
+    if checkpoint is not None:  # momentum outlives epochs and tasks
+        model.opt = model.get_optimizer()
+        if model.opt is not None and session.restored["optimizer"] is not None:
+            model.opt.load_state_dict(session.restored["optimizer"])
     session.measure_random()
     for task in range(session.cursor["task"], session.last_task):
         while dataset.c_task < task:
@@ -237,8 +244,10 @@ def train_central(session: Session, checkpoint=None) -> None:
             vars(loader.dataset).update(session.restored["view"])
             model.opt = model.get_optimizer()
             model.scheduler = model.get_scheduler(model.opt)
-            for _ in range(first if model.scheduler else 0):
-                model.scheduler.step()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that the optimiser has not stepped yet
+                for _ in range(first if model.scheduler else 0):
+                    model.scheduler.step()
             if model.opt is not None:
                 model.opt.load_state_dict(session.restored["optimizer"])
         for epoch in range(first, args.n_epochs):

@@ -1,0 +1,170 @@
+"""What several test files share: small runs in this process, and runs that die at a chosen moment."""
+
+from __future__ import annotations
+
+import csv
+import random
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+import main
+from datasets.utils.continual_dataset import BatchLoader
+from federated.client import Client
+from models import get_model_class
+from utils import checkpoints
+from utils.args import parse_args
+from utils.errors import UserError
+from utils.training import Session
+
+SMALL = ["--dataset=seq-digits", "--debug_mode=1", "--n_epochs=1", "--batch_size=32", "--device=cpu"]
+FEDERATED = ["--fl", "--num_clients=3", "--num_comm_rounds=2", "--partition_mode=iid"]
+BACKBONES = (["--backbone=mnistmlp"], ["--backbone=vit-pocket", "--pretrained=0"])
+TIMES = {"train_seconds", "total_seconds", "peak_memory_mb"}
+
+
+@cache
+def small_args(model: str, fl: bool) -> list[str] | None:
+    """Arguments of a small run of a method, with the smallest network it takes; None if it has no such setting."""
+    setting = FEDERATED if fl else []
+    if getattr(get_model_class(model), "FEDERATED_ONLY", False) and not fl:
+        return None
+    for backbone in BACKBONES:
+        argv = [f"--model={model}", *SMALL, *backbone, *setting]
+        try:
+            main.build(parse_args(argv))
+            return argv
+        except UserError as e:
+            refused = e
+    raise refused
+
+
+def run(argv: list[str], results: Path, *more: str) -> int:
+    """``main`` with the results somewhere temporary. Returns the exit code."""
+    return main.main([*argv, f"--results_path={results}", *more])
+
+
+def folders(results: Path) -> list[Path]:
+    """The folders of runs under a results folder, oldest first."""
+    return sorted({f.parent for f in Path(results).rglob("args.yaml")}, key=lambda p: p.stat().st_ctime_ns)
+
+
+def finished(results: Path) -> list[Path]:
+    """Those of the folders whose run has come to its end."""
+    summaries = {f: f / "summary.csv" for f in folders(results)}
+    return [f for f, s in summaries.items() if s.exists() and rows(s)[0]["status"] in ("finished", "stopped")]
+
+
+def only_folder(results: Path) -> Path:
+    """The folder of the one run under ``results``."""
+    (folder,) = folders(results)
+    return folder
+
+
+def rows(file: Path) -> list[dict[str, str]]:
+    """A CSV file as dicts."""
+    with open(file, newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def without(table: list[dict], columns) -> list[dict]:
+    return [{k: v for k, v in row.items() if k not in columns} for row in table]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Two run folders hold the same numbers; only clocks, memory, names and command lines may differ."""
+    assert (a / "accuracy.csv").read_bytes() == (b / "accuracy.csv").read_bytes()
+    assert without(rows(a / "rounds.csv"), TIMES) == without(rows(b / "rounds.csv"), TIMES)
+    for name in ("traffic.csv", "partition.npz"):
+        assert (a / name).exists() == (b / name).exists()
+    if (a / "traffic.csv").exists():
+        assert (a / "traffic.csv").read_bytes() == (b / "traffic.csv").read_bytes()
+    assert without(rows(a / "summary.csv"), TIMES | {"run", "command"}) == without(
+        rows(b / "summary.csv"), TIMES | {"run", "command"}
+    )
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing catches it, and nothing is tidied up after it."""
+
+
+class Mortal:
+    """Numbers the moments of a run, and lets the process "die" at one of them.
+
+    A moment is (task, step, kind, n): the n-th event of its kind since the cursor came to (task, step). It has the same
+    name in a run from the start and in one resumed before it.
+
+    Attributes:
+        moments: those that passed in the last run, in order. die_at: the moment to die at; None to live.
+    """
+
+    def __init__(self, monkeypatch) -> None:
+        self.die_at, self.dead = None, False
+        self.moments: list[tuple] = []
+        self.session: Session | None = None
+        self._wrap(monkeypatch)
+
+    def moment(self, kind: str) -> None:
+        if self.session is None:
+            return
+        where = (self.session.cursor["task"], self.session.cursor["step"], kind)
+        self._count[where] += 1
+        self.moments.append((*where, self._count[where]))
+        if self.moments[-1] == self.die_at:
+            self.dead = True
+            raise Killed
+
+    def _wrap(self, monkeypatch) -> None:
+        mortal = self
+
+        def around(cls, name: str, before: str | None, after: str | None = None) -> None:
+            original = getattr(cls, name)
+
+            def wrapped(*args, **kwargs):
+                if before:
+                    mortal.moment(before)
+                result = original(*args, **kwargs)
+                if after:
+                    mortal.moment(after)
+                return result
+
+            monkeypatch.setattr(cls, name, wrapped)
+
+        born, files, iterate = Session.__init__, Session.write_files, BatchLoader.__iter__
+
+        def begin(session, args, dataset, model, *rest):
+            born(session, args, dataset, model, *rest)
+            mortal.session, mortal.dead, mortal._count, mortal.moments = session, False, Counter(), []
+            around(model, "meta_end_task", "end of task")
+
+        def batches(loader):
+            for i, batch in enumerate(iterate(loader)):
+                if i == 1 and loader.dataset.train:
+                    mortal.moment("second batch")
+                yield batch
+
+        monkeypatch.setattr(Session, "__init__", begin)
+        monkeypatch.setattr(BatchLoader, "__iter__", batches)
+        # a process that was killed writes nothing more
+        monkeypatch.setattr(Session, "write_files", lambda s, *a, **k: None if mortal.dead else files(s, *a, **k))
+        around(Client, "__init__", None, "client")
+        around(Session, "measure", "before the test", "after the test")
+        around(Session, "boundary", "before the boundary", "after the boundary")
+        around(checkpoints.os, "fsync", "checkpoint half written")
+
+    def run(self, argv: list[str], results: Path, *more: str, die_at=None) -> int | None:
+        """Like :func:`run`; None if the run died."""
+        self.die_at, self.session, self.dead = die_at, None, False
+        try:
+            return run(argv, results, *more)
+        except Killed:
+            return None
+
+    def some_moments(self, seed: str, each: int = 1, kinds=None) -> list[tuple]:
+        """The first moment of the last run, the last of a client or a batch, and ``each`` random ones of every kind."""
+        rng, kinds = random.Random(seed), kinds or list(dict.fromkeys(m[2] for m in self.moments))
+        chosen = {self.moments[0], [m for m in self.moments if m[2] in ("client", "second batch", "end of task")][-1]}
+        for kind in kinds:
+            of_kind = [m for m in self.moments if m[2] == kind]
+            chosen.update(rng.sample(of_kind, min(each, len(of_kind))))
+        return sorted(chosen, key=self.moments.index)

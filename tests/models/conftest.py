@@ -1,0 +1,107 @@
+"""Runs driven from Python: what main.py builds, and a record of what crosses the wire."""
+
+import shlex
+from types import SimpleNamespace
+
+import pytest
+
+from datasets.utils.partition import Partition
+from federated.clients import Clients, Ledger
+from federated.engines.serial import SerialEngine
+from federated.simulator import simulate
+from main import build
+from utils import checkpoints
+from utils.args import parse_args
+from utils.loggers import Run
+from utils.training import Session, train_central
+
+POCKET = "--dataset seq-digits --backbone vit-pocket --pretrained 0 --device cpu"
+MLP = "--dataset seq-digits --backbone mnistmlp --device cpu"
+
+
+class Rig:
+    """One experiment: its objects, and the ways to run all of it or a part."""
+
+    def __init__(self, flags: str, folder):
+        self.args = parse_args([*shlex.split(flags), "--results_path", str(folder)])
+        self.dataset, self.model, self.worker, self.fresh_net = build(self.args)
+        self.partition = Partition.make(self.dataset, self.args) if self.worker is not None else None
+        self.states: dict[int, dict] = {}
+        self.ledger = Ledger()
+
+    # ---- all of it
+
+    def run(self, checkpoint=None, **settings):
+        """The whole run, or what is left of it after a checkpoint (a file)."""
+        vars(self.args).update(settings)
+        self.record = Run.create(self.args)
+        self.session = Session(self.args, self.dataset, self.model, self.record, self.fresh_net)
+        stored = checkpoints.read(checkpoint) if checkpoint is not None else None
+        try:
+            if self.worker is not None:
+                simulate(self.session, self.worker, self.partition, stored)
+                self.states = self.session.parts["clients"]()
+                self.ledger.load(self.session.parts["ledger"]())
+            else:
+                train_central(self.session, stored)
+        finally:
+            self.record.close()
+        return self
+
+    # ---- federated, piece by piece
+
+    def clients(self, task: int, round_: int = -1, ids=None) -> Clients:
+        """The clients of a phase, in client order."""
+        sizes = {i: n for i, n in enumerate(self.partition.sizes(task)) if n > 0}
+        self.engine = SerialEngine(self.worker, self.partition, self.states, self.args)
+        return Clients(sizes if ids is None else ids, sizes, self.engine, self.ledger, task, round_)
+
+    def begin(self, task: int) -> "Rig":
+        """Everything before the rounds of a task."""
+        while self.dataset.c_task < task:
+            self.dataset.get_data_loaders()
+        self.model.meta_begin_task(self.dataset)
+        self.model.begin_rounds(self.clients(task))
+        return self
+
+    def round(self, task: int, round_: int, ids=None) -> "Rig":
+        self.model.round(self.clients(task, round_, ids), round_)
+        return self
+
+    def end(self, task: int) -> "Rig":
+        """Everything after the rounds of a task."""
+        self.model.end_rounds(self.clients(task))
+        self.model.meta_end_task(self.dataset)
+        return self
+
+    @property
+    def weights(self) -> dict:
+        """Copies of the network's tensors."""
+        return {n: t.clone() for n, t in self.model.net.state_dict().items()}
+
+
+@pytest.fixture
+def rig(tmp_path):
+    """``rig(flags)`` builds an experiment over the pocket transformer, ``rig(flags, MLP)`` over the perceptron."""
+
+    def make(flags: str, base: str = POCKET) -> Rig:
+        return Rig(f"{base} {flags}", tmp_path)
+
+    make.POCKET, make.MLP = POCKET, MLP
+    return make
+
+
+@pytest.fixture
+def wire(monkeypatch):
+    """Everything that crosses the wire from here on: call, task, round, client, message, reply."""
+    record, plain = [], SerialEngine.run
+
+    def run(self, call, message, ids, task, round_):
+        for client, reply in plain(self, call, message, ids, task, round_):
+            record.append(
+                SimpleNamespace(call=call, task=task, round=round_, client=client, message=message, reply=reply)
+            )
+            yield client, reply
+
+    monkeypatch.setattr(SerialEngine, "run", run)
+    return record
