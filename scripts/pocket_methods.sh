@@ -7,10 +7,11 @@ METHODS=(
   "er          | --model er --fl | 0.0003 0.001 0.003"
   "derpp       | --model derpp --fl | 0.0003 0.001 0.003"
   "full        | --model fedavg --fl | 0.0001 0.0003 0.001 0.003"
-  "head        | --model fedavg --model_config head --fl | 0.001 0.003 0.01 0.03"
+  "head        | --model fedavg --model_config head --fl | 0.001 0.003 0.01 0.03 0.1 0.3"
   "lora        | --model fedavg --model_config lora --fl | 0.001 0.003 0.01 0.03"
-  "ffa_lora    | --model ffa_lora --fl | 0.001 0.003 0.01 0.03"
+  "ffa_lora    | --model ffa_lora --fl | 0.001 0.003 0.01 0.03 0.1"
   "dolfin      | --model dolfin --fl | 0.001 0.003 0.01 0.03"
+  "paper_energy| --model dolfin --gpm_energy paper --fl | 0.003 0.01 0.03"
   "unprojected | --model dolfin --dolfin_basis none --fl | 0.001 0.003 0.01 0.03"
 )
 export OMP_WAIT_POLICY=PASSIVE

@@ -76,13 +76,17 @@ def test_every_method_resumes_exactly(mortal, tmp_path, model, fl):
     "model, fl, more",
     [
         ("er", False, "--optimizer=adam --savecheck=task"),
-        ("sgd", False, "--optim_mom=0.9 --lr_scheduler=multisteplr --lr_milestones 1 --eval_every=1 --n_epochs=3"),
+        (
+            "sgd",
+            False,
+            "--optimizer=sgd --optim_mom=0.9 --lr_scheduler=multisteplr --lr_milestones 1 --eval_every=1 --n_epochs=3",
+        ),
         ("derpp", False, "--optimizer=adamw --lr_scheduler=cosine --n_epochs=3 --permute_classes=1"),
-        ("lwf", False, "--enable_other_metrics=1 --validation=30 --optim_mom=0.5 --optim_nesterov=1"),
+        ("lwf", False, "--enable_other_metrics=1 --validation=30 --optimizer=sgd --optim_mom=0.5 --optim_nesterov=1"),
         ("joint", False, "--n_epochs=3 --optimizer=adam --lr_scheduler=cosine"),
         ("er", True, "--eval_every=1 --enable_other_metrics=1 --num_comm_rounds=3 --savecheck=task"),
         ("derpp", True, "--partition_mode=quantity --participation_rate=0.4 --permute_classes=1 --seed=7"),
-        ("fedavg", True, "--partition_mode=distribution --distribution_alpha=5 --avg_type=uniform --optim_mom=0.9"),
+        ("fedavg", True, "--partition_mode=distribution --distribution_alpha=5 --avg_type=uniform --optimizer=adam"),
         ("lwf", True, "--lr_scheduler=cosine --n_epochs=2 --validation=20"),
     ],
 )
@@ -140,7 +144,13 @@ class Hoarder(Er):
 @pytest.mark.parametrize("fl", [False, True])
 def test_state_of_any_shape_resumes_exactly(mortal, tmp_path, monkeypatch, fl):
     monkeypatch.setattr(models, "get_model_class", lambda name: Hoarder)
-    argv = [*small_args("er", fl), "--savecheck=round", "--lr=0.01", *([] if fl else ["--n_epochs=2"])]
+    argv = [
+        *small_args("er", fl),
+        "--savecheck=round",
+        "--optimizer=sgd",
+        "--lr=0.01",
+        *([] if fl else ["--n_epochs=2"]),
+    ]
     die_and_go_on(mortal, [*argv, "--stop_after=3"], tmp_path, each=2)
 
 
@@ -187,7 +197,7 @@ def test_a_checkpoint_elsewhere_starts_a_folder_of_its_own(tmp_path):
 
 
 def test_a_run_is_not_harmed_by_a_wrong_attempt_to_resume_it(tmp_path, capsys):
-    argv = [*small_args("er", False), "--savecheck=task", "--stop_after=1"]
+    argv = [*small_args("er", False), "--savecheck=task", "--stop_after=1", "--lr=0.03"]
     assert run(argv, tmp_path) == 0
     folder = only_folder(tmp_path)
     before = {f: f.read_bytes() for f in folder.rglob("*") if f.is_file()}

@@ -17,9 +17,9 @@ from utils.loggers import identity, settings_hash
 ER = ["--model=er", "--dataset=seq-digits", "--backbone=mnistmlp"]
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def configs(tmp_path, monkeypatch):
-    """``configs(path, text)`` writes a config file where parse_args looks."""
+    """``configs(path, text)`` writes a config file where parse_args looks; those that ship are out of sight."""
     monkeypatch.setattr(utils.args, "ROOT", tmp_path)
 
     def write(path: str, text: str) -> None:

@@ -28,14 +28,14 @@ REST += ["peak_memory_mb", "trainable_params", "command", "git_commit", "version
 @pytest.fixture(scope="module")
 def central(tmp_path_factory):
     results = tmp_path_factory.mktemp("central")
-    assert run([*small_args("er", False), "--seed=3", "--notes=ü: x"], results) == 0
+    assert run([*small_args("er", False), "--seed=3", "--lr=0.03", "--notes=ü: x"], results) == 0
     return only_folder(results)
 
 
 @pytest.fixture(scope="module")
 def fl(tmp_path_factory):
     results = tmp_path_factory.mktemp("fl")
-    assert run([*small_args("er", True), "--eval_every=1"], results) == 0
+    assert run([*small_args("er", True), "--eval_every=1", "--lr=0.03"], results) == 0
     return only_folder(results)
 
 

@@ -23,6 +23,13 @@ def test_the_schedule_begins_anew_with_every_task(tmp_path, monkeypatch, schedul
         seen.append(self.opt.param_groups[0]["lr"])
 
     monkeypatch.setattr(Sgd, "begin_epoch", begin_epoch)
-    argv = [*small_args("sgd", False), "--n_epochs=3", "--lr=0.1", "--stop_after=2", "--optim_mom=0.9"]
+    argv = [
+        *small_args("sgd", False),
+        "--n_epochs=3",
+        "--lr=0.1",
+        "--stop_after=2",
+        "--optimizer=sgd",
+        "--optim_mom=0.9",
+    ]
     assert run([*argv, *f"--lr_scheduler={schedule}".split()], tmp_path) == 0
     assert seen == pytest.approx(rates * 2)
