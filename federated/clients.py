@@ -13,6 +13,14 @@ from utils.errors import RunError
 SUM_CHUNK = 8  # replies are added in chunks of this many consecutive clients, whoever computes them
 
 
+def finite(value) -> bool:
+    """Whether a message entry holds no nan and no infinity."""
+    if isinstance(value, torch.Tensor) and value.is_floating_point():
+        # a sum shows every nan and inf at a fraction of the price; it may also overflow by itself
+        return math.isfinite(value.sum()) or bool(torch.isfinite(value).all())
+    return not isinstance(value, float) or math.isfinite(value)
+
+
 class Ledger:
     """Bytes by direction, task, round and client.
 
@@ -112,9 +120,8 @@ class Clients:
             done = self._progress(done, len(self.ids), call)
         for client, answer in in_order(done, self.ids):
             reply = Reply(answer if answer is not None else {}, client)
-            for name, t in reply.tensors().items():
-                # a sum shows every nan and inf at a fraction of the price; it may also overflow by itself
-                if t.is_floating_point() and not math.isfinite(t.sum()) and not torch.isfinite(t).all():
+            for name, value in reply.items():
+                if not finite(value):
                     raise RunError(
                         f"client {client} sent a non-finite {name!r} (task {self._task}, round {self._round}, "
                         f"{call}): its update is refused; a smaller --lr or --clip_grad usually helps"

@@ -8,7 +8,7 @@ with (x', z') and (x'', y'') two independent draws from a reservoir of images, l
 import torch.nn.functional as F
 
 from models.utils.continual_model import ContinualModel
-from utils.args import add_rehearsal_args
+from utils.args import add_rehearsal_args, number
 from utils.buffer import Buffer
 
 
@@ -21,8 +21,8 @@ class Derpp(ContinualModel):
     @staticmethod
     def get_parser(parser):
         add_rehearsal_args(parser)
-        parser.add_argument("--alpha", type=float, default=0.5, help="weight of the logits' distance (Eq. 6)")
-        parser.add_argument("--beta", type=float, default=0.5, help="weight of the replayed labels (Eq. 6)")
+        parser.add_argument("--alpha", type=number(float, 0), default=0.5, help="weight of the logits' term (Eq. 6)")
+        parser.add_argument("--beta", type=number(float, 0), default=0.5, help="weight of the replayed labels (Eq. 6)")
         return parser
 
     def __init__(self, backbone, loss, args, transform, dataset=None):

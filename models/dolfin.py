@@ -1,4 +1,4 @@
-"""DOLFIN: federated class-incremental learning with online LoRA in a protected subspace (arXiv 2510.13567).
+"""DOLFIN, distributed online LoRA for federated incremental learning (arXiv 2510.13567).
 
 For each task every block gets a LoRA pair on its key and value projections, dW = B A. The down-projection
 A (r x d) is not trained: its rows are the principal directions of the new task's inputs inside the complement of the

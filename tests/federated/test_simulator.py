@@ -13,7 +13,7 @@ import federated.simulator as simulator
 import main
 from backbones.vit_pocket import NAME as VIT
 from datasets.utils.partition import Partition
-from federated.clients import SUM_CHUNK, Clients, Ledger
+from federated.clients import SUM_CHUNK, Clients, Ledger, finite
 from federated.engines.serial import SerialEngine
 from federated.message import Message
 from federated.simulator import participants
@@ -367,3 +367,12 @@ def test_evaluation_between_rounds_changes_nothing(tmp_path):
     assert [r["round"] for r in ours] == ["-1"] * 2 and [r["round"] for r in theirs] == ["0", "1", "-1"] * 2
     assert [r["faa"] for r in ours] == [r["faa"] for r in theirs if r["round"] == "-1"]
     assert (a / "traffic.csv").read_bytes() == (b / "traffic.csv").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "value, good", [(1.5, True), (float("nan"), False), (float("inf"), False), (3, True), ("a", True)]
+)
+def test_plain_numbers_are_checked_too(value, good):
+    assert finite(value) is good
+    assert finite(torch.tensor([1e38, 1e38, 1e38, 1e38]))  # the sum overflows, the values are finite
+    assert not finite(torch.tensor([1.0, float("nan")]))
