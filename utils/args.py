@@ -198,12 +198,16 @@ def _method_parser(cls: type, parser: ArgumentParser) -> None:
     get = getattr(cls, "get_parser", None)
     if get is None:
         return
+    known = set(parser._option_string_actions)
+    group = parser.add_argument_group(f"method {cls.NAME}")
     if inspect.signature(get).parameters:
+        before = list(parser._optionals._group_actions)
         get(parser)
+        for action in [a for a in parser._optionals._group_actions if a not in before]:  # list them under the method
+            parser._optionals._group_actions.remove(action)
+            group._group_actions.append(action)
         return
     own = get()
-    known = set(parser._option_string_actions)
-    group = parser.add_argument_group(f"{cls.NAME}")
     for action in own._actions:
         if not known.intersection(action.option_strings) and action.option_strings:
             group._add_action(action)
@@ -340,7 +344,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
         backbone = find("backbones", backbone, "backbone")[0]
         backbones.add_backbone_args(backbone, parser)
-    if helping:
+    if helping and dataset is None:
         parser.parse_args(["--help"])
 
     front = (
@@ -349,6 +353,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         + _as_argv(config, parser, f"config of {model}")
     )
     front = [f"--model={model}", f"--dataset={dataset}", *front]
+    if helping:  # with the defaults that this method has on this data set
+        parser.set_defaults(**{**vars(parser.parse_known_args(front)[0]), "backbone": backbone})
+        parser.parse_args(["--help"])
     args, unknown = parser.parse_known_args(front + argv)
     if unknown:
         flags = [o for o in parser._option_string_actions if o.startswith("--")]
