@@ -69,6 +69,11 @@ def aligned(rows: list[list[str]], left: int) -> str:
     return "\n".join([lines[0], "-" * (sum(widths) + 2 * len(widths) - 2), *lines[1:], ""])
 
 
+def spread(std: float, mean: str) -> str:
+    """A deviation with the decimals of the mean it stands beside."""
+    return number(std) if "e" in mean else f"{std:.{len(mean.partition('.')[2])}f}"
+
+
 def render(result: DataFrame, fmt: str = "table", ansi: bool = False) -> str:
     """A table of ``utils.compare.table`` as text.
 
@@ -97,7 +102,7 @@ def render(result: DataFrame, fmt: str = "table", ansi: bool = False) -> str:
         cells = [escape(text(row[name])) for name in [*labels, "n"]]
         for name in metrics:
             mean, std, n = (row[f"{name}_{part}"] for part in ("mean", "std", "n"))
-            shown = number(mean) + (f" ± {number(std)}" if std == std else "")
+            shown = number(mean) + (f" ± {spread(std, number(mean))}" if std == std else "")
             shown = escape(shown + (f" (n={n})" if 0 < n < row["n"] else ""))
             cells.append(bold % shown if best.get((name, key)) == number(mean) else shown)
         tests = (row[name] for name in p)

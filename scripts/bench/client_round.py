@@ -120,7 +120,7 @@ def measure(name: str, flags: str, options) -> dict:
         [
             *shlex.split(flags),
             *shlex.split(f"--dataset seq-digits --fl --device cpu --num_clients {options.clients}"),
-            *shlex.split(f"--n_epochs {options.n_epochs} --batch_size {options.batch_size} --lr 0.01"),
+            *shlex.split(f"--n_epochs {options.n_epochs} --batch_size {options.batch_size} --optimizer sgd --lr 0.01"),
         ]
     )
     framework = Framework(args)
