@@ -3,9 +3,9 @@
 # federated methods with DOLFIN's ablation.
 METHODS=(
   "ncm         | --model ncm --fl |"
-  "joint       | --model joint | 0.0003 0.001 0.003"
-  "er          | --model er --fl | 0.0003 0.001 0.003"
-  "derpp       | --model derpp --fl | 0.0003 0.001 0.003"
+  "joint       | --model joint --model_config best | 0.0003 0.001 0.003"
+  "er          | --model er --model_config best --fl | 0.0003 0.001 0.003"
+  "derpp       | --model derpp --model_config best --fl | 0.0003 0.001 0.003"
   "full        | --model fedavg --fl | 0.0001 0.0003 0.001 0.003"
   "head        | --model fedavg --model_config head --fl | 0.001 0.003 0.01 0.03 0.1 0.3"
   "lora        | --model fedavg --model_config lora --fl | 0.001 0.003 0.01 0.03"
