@@ -86,14 +86,13 @@ class Clients:
     """Clients that take part in a phase.
 
     Args:
-        ids: their numbers, ascending. sizes: samples of the current task by client id.
+        ids: their numbers.
         engine: where the client code runs. ledger: counts the bytes. task, round_: for seeds and the ledger.
     """
 
     def __init__(
         self,
         ids: Iterable[int],
-        sizes: dict[int, int],
         engine,
         ledger: Ledger,
         task: int,
@@ -101,7 +100,6 @@ class Clients:
         progress=None,
     ) -> None:
         self.ids = sorted(ids)
-        self.sizes = sizes
         self._engine, self._ledger, self._task, self._round, self._progress = engine, ledger, task, round_, progress
 
     def __len__(self) -> int:
@@ -109,9 +107,7 @@ class Clients:
 
     def only(self, ids: Iterable[int]) -> Clients:
         """Those of the clients that are in ``ids``."""
-        return Clients(
-            set(ids) & set(self.ids), self.sizes, self._engine, self._ledger, self._task, self._round, self._progress
-        )
+        return Clients(set(ids) & set(self.ids), self._engine, self._ledger, self._task, self._round, self._progress)
 
     def _replies(self, call: str, message: Message) -> Iterator[Reply]:
         sizes: dict[tuple, int] = {}

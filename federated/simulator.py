@@ -47,12 +47,11 @@ def simulate(session: Session, worker, partition, checkpoint=None) -> None:
                 replies, total, f"task {task + 1} " + (call if round_ < 0 else f"round {round_ + 1} {call}")
             )
 
-        return Clients(ids, sizes, engine, ledger, task, round_, progress)
+        return Clients(ids, engine, ledger, task, round_, progress)
 
     # steps of a task: 0 before the rounds, 1 + r round r, then what comes after the rounds
     for task in range(session.cursor["task"], session.last_task):
-        sizes = {i: n for i, n in enumerate(partition.sizes(task)) if n > 0}
-        ids = sorted(sizes)
+        ids = [i for i, n in enumerate(partition.sizes(task)) if n > 0]
         while dataset.c_task < task:
             dataset.get_data_loaders()
         loss = server.last_loss if session.cursor["step"] > 1 else None  # of the last round, also when resumed

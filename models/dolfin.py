@@ -28,7 +28,7 @@ from torch import Tensor
 from backbones.utils.lora import LoRA
 from backbones.utils.moments import InputMoments
 from federated.message import Message
-from models.fedavg import add_lora_args, graft
+from models.fedavg import add_lora_args
 from models.ffa_lora import FfaLora
 from models.utils.gpm import DualGPM, pack_triu, threshold, top_eigenpairs, unpack_triu
 from utils.args import number
@@ -98,10 +98,7 @@ class Dolfin(FfaLora):
         self.adapter = -1  # the task whose A is in place
 
     def make_lora(self, backbone, args) -> LoRA:
-        lora = graft(backbone, args, share_A=True, init="zeros")
-        for _, _, A, _ in lora:
-            A.requires_grad_(False)
-        return lora
+        return super().make_lora(backbone, args, share_A=True, init="zeros")
 
     # ---------------------------------------------------------------- server: one task, top to bottom
 
@@ -168,7 +165,8 @@ class Dolfin(FfaLora):
     def average_designs(self, clients) -> dict[str, Tensor]:
         """Weighted mean of the clients' A, orthonormalised once within the free space, before any training."""
         memory = {f"memory.{n}.{k}": v for n, m in self.memory.items() for k, v in m.state_dict().items()}
-        replies = clients.call("design", Message({**self.broadcast(), **memory}, keep=self.broadcast().keep))
+        known = self.broadcast()
+        replies = clients.call("design", Message({**known, **memory}, keep=known.keep))
         replies = [r for r in replies if len(r)]
         if not replies:
             raise self._nobody()

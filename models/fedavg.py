@@ -30,18 +30,6 @@ def add_lora_args(parser, r: int, targets: str) -> None:
     )
 
 
-def graft(backbone, args, **options) -> LoRA:
-    """LoRA on ``--lora_targets`` of the backbone.
-
-    Raises:
-        UserError: the backbone has no such layers.
-    """
-    try:
-        return LoRA(backbone, args.lora_targets, args.lora_r, **options)
-    except ValueError as e:
-        raise UserError(f"--lora_targets does not fit --backbone {args.backbone}: {e}") from None
-
-
 class FedAvg(FederatedModel):
     """Weighted mean of what the clients trained.
 
@@ -79,9 +67,9 @@ class FedAvg(FederatedModel):
         self.head = HeadRows() if self.tuning != "full" else None
         self.lora = self.make_lora(backbone, args) if self.tuning == "lora" else None
 
-    def make_lora(self, backbone, args) -> LoRA:
+    def make_lora(self, backbone, args, **options) -> LoRA:
         """The adapters, grafted on the frozen backbone."""
-        return graft(backbone, args)
+        return LoRA(backbone, args.lora_targets, args.lora_r, **options)
 
     def begin_task(self, dataset) -> None:
         if self.head is not None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from backbones.utils.lora import LoRA
 from federated.message import Message
-from models.fedavg import FedAvg, add_lora_args, graft
+from models.fedavg import FedAvg, add_lora_args
 
 
 class FfaLora(FedAvg):
@@ -24,8 +24,8 @@ class FfaLora(FedAvg):
         add_lora_args(parser, 4, "attn.qkv:q,k,v")
         return parser
 
-    def make_lora(self, backbone, args) -> LoRA:
-        lora = graft(backbone, args)
+    def make_lora(self, backbone, args, **options) -> LoRA:
+        lora = super().make_lora(backbone, args, **options)
         for _, _, A, _ in lora:
             A.requires_grad_(False)
         return lora

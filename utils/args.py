@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import inspect
 import math
-import re
 import shlex
 import sys
 from argparse import ArgumentParser, Namespace
@@ -332,7 +331,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
         data_cls = get_dataset_class(dataset)
         fl = "--fl" in argv or _implied_fl(cls, argv)
-        defaults = {**data_cls.DEFAULTS, **(data_cls.FED_DEFAULTS if fl else {})}
+        defaults = data_cls.defaults(fl)
         chosen = dataset_config(dataset, _peek(argv, "--dataset_config"))
         config = model_config(model, dataset, _peek(argv, "--model_config") or "default", fl)
         for settings in (defaults, chosen, config):
@@ -383,7 +382,7 @@ def _dests(parser: ArgumentParser) -> set[str]:
 
 def _implied_fl(cls: type, argv: list[str]) -> bool:
     """fed-mammoth's command lines have no ``--fl``: its flags imply it for methods that only exist federated."""
-    given = {re.split("=", a, maxsplit=1)[0] for a in argv}
+    given = {a.split("=")[0] for a in argv}
     return bool(getattr(cls, "FEDERATED_ONLY", False) and given.intersection(f"--{f}" for f in FEDERATED_FLAGS))
 
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from datasets.utils.continual_dataset import ContinualDataset
 from utils.errors import RunError, UserError
+from utils.files import replacing
 
 FORMAT = 1
 # attributes that the constructor rebuilds from the settings
@@ -223,29 +224,32 @@ class Reader:
         self.by_path[path] = value
         return value
 
+    @staticmethod
+    def require(fresh, spec, path, kind: str = "") -> None:
+        """Refuse to put a stored object back into nothing, or into one of another class."""
+        if fresh is None or class_name(fresh) != spec["class"]:
+            raise UserError(
+                f"the checkpoint holds a {kind}{spec['class']} at {path!r} that this version does not build"
+            )
+
     def object(self, spec, fresh, path):
         if fresh is None and spec["class"] == "utils.buffer.Buffer":
             from utils.buffer import Buffer
 
             fresh = Buffer(1)
-        if fresh is None or class_name(fresh) != spec["class"]:
-            raise UserError(f"the checkpoint holds a {spec['class']} at {path!r} that this version does not build")
+        self.require(fresh, spec, path)
         fresh.load_state_dict(self.decode(spec["object"], None, path))
         return fresh
 
     def fields(self, spec, fresh, path):
-        if fresh is None or class_name(fresh) != spec["class"]:
-            raise UserError(f"the checkpoint holds a {spec['class']} at {path!r} that this version does not build")
+        self.require(fresh, spec, path)
         vars(fresh).update(self.decode(spec["fields"], dict(vars(fresh)), path))
         return fresh
 
     def module(self, spec, fresh, path):
         if fresh is None:
-            if self.fresh_net is None or class_name(like := self.fresh_net()) != spec["class"]:
-                raise UserError(
-                    f"the checkpoint holds a module {spec['class']} at {path!r} that this version does not build"
-                )
-            fresh = like
+            fresh = self.fresh_net() if self.fresh_net is not None else None
+            self.require(fresh, spec, path, "module ")
         targets = dict(fresh.state_dict(keep_vars=True))
         if set(targets) != set(spec["module"]):
             odd = sorted(set(targets) ^ set(spec["module"]))
@@ -319,15 +323,10 @@ def write(
     from safetensors.torch import save_file
 
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(file, "the checkpoint ") as temporary:
         save_file(writer.tensors, temporary, metadata={"herd": header})
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
-        os.replace(temporary, file)
-    except OSError as e:
-        temporary.unlink(missing_ok=True)
-        raise RunError(f"cannot write the checkpoint {file}: {e.strerror or e}") from e
 
 
 def read(file: Path) -> tuple[dict, dict, dict[str, torch.Tensor]]:

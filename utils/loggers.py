@@ -7,7 +7,6 @@ import fcntl
 import hashlib
 import io
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -17,7 +16,8 @@ from datetime import datetime
 from functools import cache
 from pathlib import Path
 
-from utils.errors import RunError, UserError
+from utils.errors import UserError
+from utils.files import replacing
 from utils.registry import ROOT
 
 # settings that say where and how a run is carried out, not what it computes
@@ -97,13 +97,8 @@ def peak_memory_mb() -> float:
 
 def write_text(file: Path, text: str) -> None:
     """Write a file under a temporary name and rename it."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(file) as temporary:
         temporary.write_text(text)
-        os.replace(temporary, file)
-    except OSError as e:
-        temporary.unlink(missing_ok=True)
-        raise RunError(f"cannot write {file}: {e.strerror or e}") from e
 
 
 def write_csv(file: Path, rows: list[dict]) -> None:

@@ -17,7 +17,7 @@ from utils import checkpoints
 from utils.conf import make_generator, set_random_seed
 from utils.errors import UserError
 from utils.evaluate import Results
-from utils.loggers import Run, identity, peak_memory_mb
+from utils.loggers import Run, identity, peak_memory_mb, write_csv
 
 
 class Interrupted(Exception):
@@ -63,17 +63,17 @@ class Session:
         """Take up a checkpoint: the model and the cursor at once, the other parts into ``restored``.
 
         Args:
-            checkpoint: what ``checkpoints.read`` gives, or None to start from nothing.
+            checkpoint: what ``checkpoints.read`` gives, of the same settings (:func:`check_identity`), or None to
+                start from nothing.
             fresh: newly built values that parts are put back into, by name.
 
         Raises:
-            UserError: it belongs to other settings.
+            UserError: it does not fit what was built.
         """
         if checkpoint is None:
             self.under_way = True
             return
         plain, specs, tensors = checkpoint
-        check_identity(plain, self.args)
         self.cursor, self.run.rounds, self.run.clock = plain["cursor"], plain["rounds"], plain["clock"]
         self.results.load(plain["results"])
         reader = checkpoints.Reader(tensors, self.fresh_net, self.model.device, self.nets)
@@ -81,6 +81,8 @@ class Session:
         self.restored = {
             name: reader.decode(specs[name], (fresh or {}).get(name), name) for name in specs if name != "model"
         }
+        if self.run.rounds:  # without what was measured after the checkpoint
+            write_csv(self.run.path / "rounds.csv", self.run.rounds)
         self.under_way = True
 
     def boundary(self, level: str) -> None:
@@ -150,12 +152,8 @@ class Session:
             self.write_files("interrupted")
         return row
 
-    def write_files(self, status: str, **extra) -> None:
+    def write_files(self, status: str) -> None:
         """Bring accuracy.csv and summary.csv up to date."""
-        from utils.loggers import write_csv
-
-        if self.run.rounds:
-            write_csv(self.run.path / "rounds.csv", self.run.rounds)
         self.run.write_accuracy(self.results.class_il, self.results.task_il)
         summary = self.results.summary() if self.results.class_il else {}
         trainable = sum(p.numel() for p in self.model.get_parameters() if p.requires_grad)
@@ -170,7 +168,6 @@ class Session:
                 "total_seconds": round(self.run.seconds(), 3),
                 "peak_memory_mb": round(peak_memory_mb(), 1),
                 "trainable_params": trainable,
-                **extra,
             }
         )
 
@@ -272,26 +269,38 @@ def view_state(view) -> dict:
     return {name: getattr(view, name) for name in names}
 
 
-def _epoch(session: Session, loader, task: int, epoch: int) -> float:
-    """One epoch; the mean loss. Losses stay on the device until its end."""
-    model, args = session.model, session.args
-    set_random_seed(args.seed, "epoch", task, epoch)
-    loader.set_generator(make_generator(args.seed, "epoch", task, epoch))
+def train_epoch(model, loader, dataset, epoch: int, bar: Callable = iter) -> tuple:
+    """One epoch of a method: its hooks, its batches (a few under ``--debug_mode``), its schedule.
+
+    Args:
+        dataset: what the hooks see. bar: wraps the loader, to show progress.
+
+    Returns:
+        (sum of the losses, number of steps); losses stay on the device.
+    """
     model.net.train()
     model.epoch_iteration = 0
-    model.begin_epoch(epoch, session.dataset)
-    total, steps = 0.0, 0
-    fields = loader.extra_fields()
-    for i, (inputs, labels, not_aug_inputs, *extra) in enumerate(
-        session.bar(loader, len(loader), f"task {task + 1} epoch {epoch + 1}/{args.n_epochs}")
-    ):
-        if args.debug_mode and i >= model.get_debug_iters():
+    model.begin_epoch(epoch, dataset)
+    total, steps, fields = 0.0, 0, loader.extra_fields()
+    for i, (inputs, labels, not_aug_inputs, *extra) in enumerate(bar(loader)):
+        if model.args.debug_mode and i >= model.get_debug_iters():
             break
-        total = total + model.meta_observe(
-            inputs, labels, not_aug_inputs, epoch=epoch, **dict(zip(fields, extra, strict=True))
-        )
+        more = dict(zip(fields, extra, strict=True))
+        total = total + model.meta_observe(inputs, labels, not_aug_inputs, epoch=epoch, **more)
         steps += 1
     if model.scheduler is not None:
         model.scheduler.step()
-    model.end_epoch(epoch, session.dataset)
+    model.end_epoch(epoch, dataset)
+    return total, steps
+
+
+def _epoch(session: Session, loader, task: int, epoch: int) -> float:
+    """A central epoch, seeded; the mean loss."""
+    args = session.args
+    set_random_seed(args.seed, "epoch", task, epoch)
+    loader.set_generator(make_generator(args.seed, "epoch", task, epoch))
+    text = f"task {task + 1} epoch {epoch + 1}/{args.n_epochs}"
+    total, steps = train_epoch(
+        session.model, loader, session.dataset, epoch, lambda batches: session.bar(batches, len(loader), text)
+    )
     return float(total) / max(steps, 1)

@@ -12,6 +12,9 @@ from utils.errors import UserError
 class TargetError(UserError, ValueError):
     """A target that does not fit the network: the user's mistake, since targets come from ``--lora_targets``."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(f"{message} (--lora_targets, --backbone)")
+
 
 def linear_layers(net: nn.Module, targets: str | Sequence[str]) -> dict[str, list[str]]:
     """The linear layers that ``targets`` name: {layer name: the targets that matched it}, in the network's order.

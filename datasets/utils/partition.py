@@ -17,6 +17,7 @@ from torch import Tensor
 from datasets.utils import seeded
 from datasets.utils.continual_dataset import ContinualDataset
 from utils.errors import UserError, nearest
+from utils.files import replacing
 
 MODES = ("distribution", "quantity", "iid")
 MIN_SAMPLES = 6  # fed-mammoth's least number of samples per client and task
@@ -200,13 +201,8 @@ class Partition:
             arrays[f"indices_{t}"] = torch.cat(clients).numpy()
             arrays[f"sizes_{t}"] = np.array(self.sizes(t), dtype=np.int64)
         path = Path(path)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
-            with open(temporary, "wb") as file:
-                np.savez_compressed(file, **arrays)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            np.savez_compressed(file, **arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Partition:

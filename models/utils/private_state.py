@@ -19,6 +19,7 @@ from models.utils.continual_model import ContinualModel, construct
 from models.utils.federated_model import FederatedModel
 from utils.checkpoints import model_attributes
 from utils.errors import RunError
+from utils.training import train_epoch, view_state
 
 
 class ClientView:
@@ -106,8 +107,6 @@ class PrivateStateModel(FederatedModel):
         return view
 
     def _leave(self, client, view) -> None:
-        from utils.training import view_state
-
         client.state["method"] = self._private()
         client.state["view"] = view_state(view.train_loader.dataset)
         self._clear()
@@ -173,21 +172,10 @@ class PrivateStateModel(FederatedModel):
             inner.net.train()
             inner.meta_begin_task(view)
         inner.scheduler = inner.get_scheduler(inner.opt)
-        loader, total, steps = view.train_loader, 0.0, 0
+        total, steps = 0.0, 0
         for epoch in range(self.args.n_epochs):
-            inner.net.train()
-            inner.epoch_iteration = 0
-            inner.begin_epoch(epoch, view)
-            fields = loader.extra_fields()
-            for i, (inputs, labels, not_aug_inputs, *extra) in enumerate(loader):
-                if self.args.debug_mode and i >= self.get_debug_iters():
-                    break
-                more = dict(zip(fields, extra, strict=True))
-                total = total + inner.meta_observe(inputs, labels, not_aug_inputs, epoch=epoch, **more)
-                steps += 1
-            if inner.scheduler is not None:
-                inner.scheduler.step()
-            inner.end_epoch(epoch, view)
+            loss, n = train_epoch(inner, view.train_loader, view, epoch)
+            total, steps = total + loss, steps + n
         self._leave(client, view)
         return Message(self.after_local(client), loss=float(total) / max(steps, 1))
 

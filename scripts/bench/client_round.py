@@ -56,7 +56,7 @@ class Framework:
         self.model.begin_rounds(self.clients(-1))
 
     def clients(self, r: int) -> Clients:
-        return Clients(self.sizes, self.sizes, self.engine, self.ledger, 0, r)
+        return Clients(self.sizes, self.engine, self.ledger, 0, r)
 
     def round(self, r: int) -> None:
         self.model.round(self.clients(r), r)

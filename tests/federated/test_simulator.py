@@ -93,7 +93,7 @@ class Echo:
 
 
 def clients(answer, n=20, order=None, ledger=None) -> Clients:
-    return Clients(range(n), dict.fromkeys(range(n), 1), Echo(answer, order), ledger or Ledger(), 2, 5)
+    return Clients(range(n), Echo(answer, order), ledger or Ledger(), 2, 5)
 
 
 def test_call_gives_replies_in_client_order():

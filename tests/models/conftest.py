@@ -54,7 +54,7 @@ class Rig:
         """The clients of a phase, in client order."""
         sizes = {i: n for i, n in enumerate(self.partition.sizes(task)) if n > 0}
         self.engine = SerialEngine(self.worker, self.partition, self.states, self.args)
-        return Clients(sizes if ids is None else ids, sizes, self.engine, self.ledger, task, round_)
+        return Clients(sizes if ids is None else ids, self.engine, self.ledger, task, round_)
 
     def begin(self, task: int) -> "Rig":
         """Everything before the rounds of a task."""
