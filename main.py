@@ -8,7 +8,7 @@ import sys
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads that spin cost a shared machine dearly
 
 from utils.args import parse_args
-from utils.errors import RunError, UserError
+from utils.errors import ClientError, RunError, UserError
 
 
 def build(args):
@@ -129,6 +129,8 @@ def main(argv: list[str] | None = None) -> int:
         print("error:", *str(e).split(), file=sys.stderr)  # one line, whatever a library has put in it
         return 2
     except RunError as e:
+        if isinstance(e, ClientError):  # a fault of the method's code, not of the user
+            print(e.trace, file=sys.stderr)
         print("run failed:", *str(e).split(), file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -2,39 +2,33 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 
 import torch
 
+from federated.engines.base import LOST, checked, chunks, in_order
 from federated.message import Message, Reply
 from utils.errors import RunError
 
-SUM_CHUNK = 8  # replies are added in chunks of this many consecutive clients, whoever computes them
-
-
-def finite(value) -> bool:
-    """Whether a message entry holds no nan and no infinity."""
-    if isinstance(value, torch.Tensor) and value.is_floating_point():
-        # a sum shows every nan and inf at a fraction of the price; it may also overflow by itself
-        return math.isfinite(value.sum()) or bool(torch.isfinite(value).all())
-    return not isinstance(value, float) or math.isfinite(value)
+COLUMNS = ("task", "round", "client", "call", "uplink_bytes", "downlink_bytes")
 
 
 class Ledger:
     """Bytes by direction, task, round and client.
 
-    ``rows`` holds dicts (task, round, client, call, uplink, downlink); ``held`` what each client already keeps.
+    A row has the ``COLUMNS``; the call is an index into ``calls``. ``held`` is what each client already keeps.
     """
 
     def __init__(self) -> None:
-        self.rows: list[dict] = []
+        self.calls: list[str] = []
         self.held: dict[int, dict[str, int]] = {}
         self.uplink = self.downlink = 0
+        self._blocks: list[torch.Tensor] = []  # (n, 6) int64: there may be a million rows
+        self._latest: list[tuple] = []
 
     def down(self, client: int, message: Message, sizes: dict[tuple, int]) -> int:
         """Bytes of ``message`` for ``client`` less what it holds; ``sizes`` caches sizes by what is left out."""
-        held = self.held.setdefault(client, {})
+        held = self.held.setdefault(client, {}) if message.keep else {}
         skip = tuple(n for n, v in message.keep.items() if held.get(n) == v)
         if skip not in sizes:
             sizes[skip] = (message.without(skip) if skip else message).nbytes
@@ -42,44 +36,45 @@ class Ledger:
         return sizes[skip]
 
     def add(self, task: int, round_: int, client: int, call: str, uplink: int, downlink: int) -> None:
+        if call not in self.calls:
+            self.calls.append(call)
         self.uplink += uplink
         self.downlink += downlink
-        self.rows.append(
-            {
-                "task": task,
-                "round": round_,
-                "client": client,
-                "call": call,
-                "uplink_bytes": uplink,
-                "downlink_bytes": downlink,
-            }
-        )
+        self._latest.append((task, round_, client, self.calls.index(call), uplink, downlink))
+
+    def __len__(self) -> int:
+        return sum(map(len, self._blocks)) + len(self._latest)
+
+    def rows(self, start: int = 0) -> list[dict]:
+        """The rows from ``start`` on, as dicts."""
+        rows = [dict(zip(COLUMNS, row)) for row in self._table()[start:].tolist()]
+        for row in rows:
+            row["call"] = self.calls[row["call"]]
+        return rows
+
+    def _table(self) -> torch.Tensor:
+        """All rows as one table of integers."""
+        if self._latest:
+            self._blocks.append(torch.tensor(self._latest, dtype=torch.int64))
+            self._latest = []
+        if len(self._blocks) != 1:
+            self._blocks = [torch.cat(self._blocks) if self._blocks else torch.empty(0, 6, dtype=torch.int64)]
+        return self._blocks[0]
 
     def state(self) -> dict:
-        """For the checkpoint; the rows as one table of integers, since there may be a million of them."""
-        calls = sorted({row["call"] for row in self.rows})
-        table = [[calls.index(v) if k == "call" else v for k, v in row.items()] for row in self.rows]
-        rows = torch.tensor(table, dtype=torch.int64).reshape(-1, 6)
-        return {"rows": rows, "calls": calls, "held": self.held, "uplink": self.uplink, "downlink": self.downlink}
+        """For the checkpoint."""
+        return {
+            "rows": self._table(),
+            "calls": self.calls,
+            "held": self.held,
+            "uplink": self.uplink,
+            "downlink": self.downlink,
+        }
 
     def load(self, state: dict) -> None:
-        names = ("task", "round", "client", "call", "uplink_bytes", "downlink_bytes")
-        self.rows = [dict(zip(names, row, strict=True)) for row in state["rows"].tolist()]
-        for row in self.rows:
-            row["call"] = state["calls"][row["call"]]
+        self._blocks, self._latest, self.calls = [state["rows"]], [], list(state["calls"])
         self.held = state["held"]
         self.uplink, self.downlink = state["uplink"], state["downlink"]
-
-
-def in_order(done: Iterable[tuple[int, object]], ids: list[int]) -> Iterator[tuple[int, object]]:
-    """Pairs (client, answer) in the order of ``ids``, however the engine finished them."""
-    waiting, early = list(reversed(ids)), {}
-    for client, answer in done:
-        early[client] = answer
-        while waiting and waiting[-1] in early:
-            yield waiting[-1], early.pop(waiting.pop())
-    if waiting:
-        raise RunError(f"the engine has no answer of client {waiting[-1]}")
 
 
 class Clients:
@@ -109,45 +104,52 @@ class Clients:
         """Those of the clients that are in ``ids``."""
         return Clients(set(ids) & set(self.ids), self._engine, self._ledger, self._task, self._round, self._progress)
 
-    def _replies(self, call: str, message: Message) -> Iterator[Reply]:
-        sizes: dict[tuple, int] = {}
-        done = self._engine.run(call, message, self.ids, self._task, self._round)
-        if self._progress is not None:
-            done = self._progress(done, len(self.ids), call)
-        for client, answer in in_order(done, self.ids):
-            reply = Reply(answer if answer is not None else {}, client)
-            for name, value in reply.items():
-                if not finite(value):
-                    raise RunError(
-                        f"client {client} sent a non-finite {name!r} (task {self._task}, round {self._round}, "
-                        f"{call}): its update is refused; a smaller --lr or --clip_grad usually helps"
-                    )
-            self._ledger.add(
-                self._task, self._round, client, call, reply.nbytes, self._ledger.down(client, message, sizes)
-            )
-            yield reply
+    def _watched(self, done: Iterator, total: int, call: str) -> Iterator:
+        return done if self._progress is None else self._progress(done, total, call)
+
+    def _where(self, call: str) -> str:
+        return f"(task {self._task}, round {self._round}, {call})"
 
     def call(self, call: str, message: Message) -> list[Reply]:
         """Run the client half ``call`` on every client with ``message``; replies in client order.
 
         Raises:
-            RunError: a reply with a value that is not finite (named by client and tensor).
+            RunError: a reply with a value that is not finite (named by client and tensor), or no reply at all.
         """
-        return list(self._replies(call, message))
+        sizes: dict[tuple, int] = {}
+        replies = []
+        done = self._engine.run(call, message, self.ids, self._task, self._round)
+        for client, answer in in_order(self._watched(done, len(self.ids), call), self.ids):
+            if answer is LOST:
+                continue
+            reply = Reply(checked(answer, client, call, self._task, self._round), client)
+            down = self._ledger.down(client, message, sizes)
+            self._ledger.add(self._task, self._round, client, call, reply.nbytes, down)
+            replies.append(reply)
+        if self.ids and not replies:
+            raise RunError(f"no client is left {self._where(call)}")
+        return replies
 
     def sum(self, call: str, message: Message) -> Message:
         """Run ``call`` on every client and add the replies up, entry by entry, in client order.
 
-        Replies are added within chunks of consecutive clients first, then chunk by chunk, so that the result is the
-        same to the bit on every engine, and memory holds one running sum instead of all replies.
+        Replies are added within chunks of consecutive clients first, where they arise, then chunk by chunk: the result
+        is the same to the bit on every engine, and memory holds one running sum instead of all replies.
+
+        Raises:
+            RunError: as for :meth:`call`.
         """
+        sizes: dict[tuple, int] = {}
         total: dict = {}
-        chunk: dict = {}
-        for i, reply in enumerate(self._replies(call, message)):
-            for name, value in reply.items():
-                chunk[name] = chunk[name] + value if name in chunk else value
-            if i % SUM_CHUNK == SUM_CHUNK - 1 or i == len(self.ids) - 1:
-                for name, value in chunk.items():
-                    total[name] = total[name] + value if name in total else value
-                chunk = {}
+        n, answered = len(chunks(self.ids)), 0
+        done = self._engine.reduce(call, message, self.ids, self._task, self._round)
+        for _, partial in in_order(self._watched(done, n, call), list(range(n))):
+            for client, uplink in partial.sizes.items():
+                down = self._ledger.down(client, message, sizes)
+                self._ledger.add(self._task, self._round, client, call, uplink, down)
+            for name, value in partial.total.items():
+                total[name] = total[name] + value if name in total else value
+            answered += len(partial.sizes)
+        if self.ids and not answered:
+            raise RunError(f"no client is left {self._where(call)}")
         return Message(total)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import closing
+
 import torch
 
 from federated.clients import Clients, Ledger
-from federated.engines.serial import SerialEngine
+from federated.engines import make_engine
 from utils.conf import make_generator, set_random_seed
-from utils.loggers import write_csv
+from utils.loggers import Table
 from utils.training import Session
 
 
@@ -20,6 +23,17 @@ def participants(args, ids: list[int], task: int, round_: int) -> list[int]:
     return sorted(ids[i] for i in order[:k].tolist())
 
 
+class Untouched(dict):
+    """The private state of clients that have done nothing yet, made for a client when it is asked for."""
+
+    def __init__(self, make: Callable[[], dict]) -> None:
+        super().__init__()
+        self._make = make
+
+    def get(self, client, default=None) -> dict:
+        return self._make()
+
+
 def simulate(session: Session, worker, partition, checkpoint=None) -> None:
     """Run a federated experiment.
 
@@ -27,19 +41,25 @@ def simulate(session: Session, worker, partition, checkpoint=None) -> None:
         session: the run; its model is the server. worker: the method's instance on the client side, over the same
             frozen weights. partition: who owns which samples. checkpoint: what to resume from.
     """
-    args, dataset, server, run = session.args, session.dataset, session.model, session.run
     ledger, states = Ledger(), {}
-    engine = SerialEngine(worker, partition, states, args)
     session.nets.append(worker.net)
     session.parts.update(ledger=ledger.state, clients=lambda: states)
-    session.resume(checkpoint, {"clients": {i: worker.fresh_state() for i in range(args.num_clients)}})
+    session.resume(checkpoint, {"clients": Untouched(worker.fresh_state)})
     if session.restored:
         ledger.load(session.restored["ledger"])
         states.update(session.restored["clients"])
     session.traffic = lambda: (
-        {"uplink_mb": ledger.uplink / 1e6, "downlink_mb": ledger.downlink / 1e6} if args.fl else {}
+        {"uplink_mb": ledger.uplink / 1e6, "downlink_mb": ledger.downlink / 1e6} if session.args.fl else {}
     )
     session.measure_random()
+    with closing(make_engine(worker, partition, states, session.args, session.run.say)) as engine:
+        _tasks(session, engine, ledger, partition)
+
+
+def _tasks(session: Session, engine, ledger: Ledger, partition) -> None:
+    """The loop over tasks and rounds, from the session's cursor on."""
+    args, dataset, server, run = session.args, session.dataset, session.model, session.run
+    traffic = Table(run.path / "traffic.csv", ledger.rows)
 
     def group(ids, round_: int = -1) -> Clients:
         def progress(replies, total, call):
@@ -58,7 +78,7 @@ def simulate(session: Session, worker, partition, checkpoint=None) -> None:
 
         def done(step: int, task=task) -> None:
             session.cursor = {"task": task, "step": step}
-            write_csv(run.path / "traffic.csv", ledger.rows)
+            traffic.update()
             session.boundary("round")
 
         if session.cursor["step"] == 0:
@@ -86,7 +106,7 @@ def simulate(session: Session, worker, partition, checkpoint=None) -> None:
             set_random_seed(args.seed, "server", task, "end")
             server.end_rounds(group(ids))
             server.meta_end_task(dataset)
-        write_csv(run.path / "traffic.csv", ledger.rows)
+        traffic.update()
         session.cursor = {"task": task + 1, "step": 0}
         session.report(session.measure(task, None, {"loss": loss, **session.traffic()}), task, "done")
         session.boundary("task")

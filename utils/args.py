@@ -31,6 +31,11 @@ FEDERATED_FLAGS = (
     "partition_seed",
     "avg_type",
     "engine",
+    "clients_per_batch",
+    "num_gpus",
+    "workers",
+    "ray_address",
+    "allow_missing_clients",
 )
 
 
@@ -141,8 +146,42 @@ def add_general_args(parser: ArgumentParser) -> None:
         default="weighted",
         help="weights of the server's mean: samples of the client, or equal",
     )
-    g.add_argument("--engine", choices=("serial",), default="serial", help="where client code runs")
+    g.add_argument(
+        "--engine",
+        choices=("serial", "batched", "ray"),
+        default="serial",
+        help="clients in turn, many in one forward and backward, or over the worker processes of Ray",
+    )
+    g.add_argument(
+        "--clients_per_batch",
+        type=positive,
+        default=None,
+        help="clients stacked (batched: default as many as memory allows; ray: default 1, each worker in turn)",
+    )
+    g.add_argument("--workers", type=positive, default=None, help="processes (ray); default: a GPU or two CPUs each")
+    g.add_argument(
+        "--num_gpus",
+        type=number(float, 0),
+        default=None,
+        help="GPUs shared by the workers (ray); default: all there are, 0 with --device cpu",
+    )
+    g.add_argument("--ray_address", default=None, help="a running Ray cluster (auto, host:port); default: start one")
+    g.add_argument(
+        "--allow_missing_clients",
+        type=flag01,
+        default=0,
+        nargs="?",
+        const=1,
+        help="go on with a round without clients whose worker was lost again and again (ray)",
+    )
     g = parser.add_argument_group("run")
+    g.add_argument(
+        "--precision",
+        choices=("fp32", "bf16", "fp16"),
+        default="fp32",
+        help="of the network's forward and backward pass; weights, losses and statistics stay in float32",
+    )
+    g.add_argument("--compile", type=flag01, default=0, nargs="?", const=1, help="torch.compile the network")
     g.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ...; default: the best there is")
     g.add_argument("--num_threads", type=number(int, 1, 1024), default=None, help="CPU threads of PyTorch")
     g.add_argument("--base_path", default="./data/", help="folder of the data sets")

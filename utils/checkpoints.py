@@ -36,6 +36,7 @@ FIXED = set(vars(nn.Module())) | {
     "scheduler",
     "device",
     "client",
+    "scaler",
 }
 
 

@@ -14,6 +14,21 @@ class RunError(Exception):
     """A run that cannot go on (a diverged client, a full disk). ``main.py`` prints one line and exits with code 1."""
 
 
+class ClientError(RunError):
+    """The method's own code failed on a client.
+
+    Attributes:
+        trace: the traceback, of whichever process it happened in; ``main.py`` prints it before the line.
+    """
+
+    def __init__(self, message: str, trace: str = "") -> None:
+        super().__init__(message, trace)
+        self.trace = trace
+
+    def __str__(self) -> str:
+        return self.args[0]
+
+
 def nearest(name: str, allowed: Iterable[str], n: int = 3) -> str:
     """What to suggest for a misspelt ``name``: the closest of ``allowed``, or all of them when none is close.
 

@@ -12,11 +12,12 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from datetime import datetime
 from functools import cache
 from pathlib import Path
 
-from utils.errors import UserError
+from utils.errors import RunError, UserError
 from utils.files import replacing
 from utils.registry import ROOT
 
@@ -36,6 +37,12 @@ NOT_IDENTITY = {
     "device",
     "num_threads",
     "engine",
+    "clients_per_batch",
+    "num_gpus",
+    "workers",
+    "ray_address",
+    "allow_missing_clients",
+    "compile",
     "model_config",
     "dataset_config",
 }
@@ -103,12 +110,41 @@ def write_text(file: Path, text: str) -> None:
 
 def write_csv(file: Path, rows: list[dict]) -> None:
     """Write rows as CSV; the columns are those of all rows, in order of appearance. Floats keep full precision."""
+    write_text(file, _csv(rows))
+
+
+def _csv(rows: list[dict], header: bool = True) -> str:
     columns = list(dict.fromkeys(k for row in rows for k in row))
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, columns, restval="")
-    writer.writeheader()
+    if header:
+        writer.writeheader()
     writer.writerows([{k: "" if v is None or v != v else v for k, v in row.items()} for row in rows])
-    write_text(file, buffer.getvalue())
+    return buffer.getvalue()
+
+
+class Table:
+    """A CSV file that grows at its end; the first update writes it anew, so nothing is left of a sitting that died.
+
+    Args:
+        rows: rows(start) gives the rows from ``start`` on, all with the same columns.
+    """
+
+    def __init__(self, file: Path, rows: Callable[[int], list[dict]]) -> None:
+        self.file, self.rows, self.written = file, rows, 0
+
+    def update(self) -> None:
+        """Write what has come since the last time."""
+        new = self.rows(self.written)
+        if self.written == 0:
+            write_csv(self.file, new)
+        elif new:
+            try:
+                with open(self.file, "a", newline="") as f:
+                    f.write(_csv(new, header=False))
+            except OSError as e:
+                raise RunError(f"cannot write {self.file}: {e.strerror or e}") from e
+        self.written += len(new)
 
 
 class Run:

@@ -57,6 +57,7 @@ class Backbone(nn.Module):
     classifier: nn.Linear
     feature_dim: int
     num_classes: int
+    autocast: torch.dtype | None = None  # type of the forward pass where it is not the weights' own; see set_precision
 
     def __init__(self, **_: Any) -> None:
         super().__init__()
@@ -90,11 +91,25 @@ class Backbone(nn.Module):
         """
         if returnt not in ("out", "features", "both", "all"):
             raise NotImplementedError(f"unknown return type {returnt!r}: choose 'out', 'features', 'both' or 'all'")
-        features = self._features(x)
+        if self.autocast is None:
+            features = self._features(x)
+            out = None if returnt == "features" else self.classifier(features)
+        else:
+            with torch.autocast(x.device.type, self.autocast):
+                features = self._features(x)
+                out = None if returnt == "features" else self.classifier(features).float()
+            features = features.float()
         if returnt == "features":
             return features
-        out = self.classifier(features)
         return out if returnt == "out" else (out, features)
+
+    def set_precision(self, precision: str) -> None:
+        """Run the forward pass, and with it the backward pass, in 'fp32', 'bf16' or 'fp16' (torch's autocast).
+
+        Weights keep their type, and features and logits come out as float32, so that losses and statistics outside are
+        not affected.
+        """
+        self.autocast = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
         """Images (B, C, H, W) -> features (B, feature_dim)."""

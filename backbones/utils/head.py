@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+
+from backbones.utils import client_batch
 
 
 class HeadRows(nn.Module):
@@ -13,8 +14,10 @@ class HeadRows(nn.Module):
     A task trains, sends and averages its own rows; the others cannot move, not even by weight decay or momentum.
 
     Attributes:
-        weight: (end - start, d). bias: (end - start,).
+        weight: (end - start, d). bias: (end - start,). Either may get a leading client dimension (client_batch.py).
     """
+
+    STACKS = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,4 +46,4 @@ class HeadRows(nn.Module):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Logits (B, end - start) of the task's classes for features (B, d)."""
-        return F.linear(features, self.weight, self.bias)
+        return client_batch.linear(features, self.weight, self.bias)

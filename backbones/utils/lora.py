@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbones.utils import peft_files
+from backbones.utils import client_batch, peft_files
 from backbones.utils.targets import linear_layers, slices_of
 
 # Inside vmap, grad or jvp a captured tensor may not be written to; this says whether one of them is running.
@@ -30,19 +30,10 @@ def _wide(t: Tensor) -> Tensor:
     return t.detach().to(torch.float32 if t.device.type == "mps" else torch.float64)
 
 
-def _apply(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T for one weight (out x in), or for K client weights (K x out x in) on a client-major batch (K*b x ...)."""
-    if weight.dim() == 2:
-        return F.linear(x, weight)
-    clients = weight.shape[0]
-    if x.shape[0] % clients:
-        raise ValueError(f"a batch of {x.shape[0]} does not divide into {clients} stacked clients")
-    out = torch.bmm(x.reshape(clients, -1, x.shape[-1]), weight.transpose(1, 2))
-    return out.reshape(*x.shape[:-1], weight.shape[1])
-
-
 class _Branch(nn.Module):
     """One pair (A: r x in, B: rows x r), with or without a leading client dimension, and the rows it adds to."""
+
+    STACKS = True
 
     def __init__(self, slices: str, r: int, linear: nn.Linear, scale: float) -> None:
         super().__init__()
@@ -65,8 +56,8 @@ class _Branch(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype != self.A.dtype and not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.A.dtype)
-        h = _apply(x, self.A)
-        return _apply(h if self.scale == 1 else h * self.scale, self.B)
+        h = client_batch.linear(x, self.A)
+        return client_batch.linear(h if self.scale == 1 else h * self.scale, self.B)
 
 
 class _Graft:
@@ -106,7 +97,7 @@ class LoRA(nn.Module):
     Parameters are called ``layers.<layer name with - for .>.<slices>.A`` (r x in) and ``.B`` (rows x r), where slices
     is ``q``, ``kv`` (shared A) or ``all``. They are float32, or float64 where the weight is, and are read when the hook
     runs: ``torch.func.functional_call`` works on a module that holds both network and adapter. Either factor may get a
-    leading client dimension K there (K x r x in, K x rows x r) if the batch is K*b samples, client by client.
+    leading client dimension K there (K x r x in, K x rows x r) if the batch holds K clients' samples (client_batch.py).
 
     Raises:
         ValueError: unknown target, slices of a layer that has none, or a rank below 1.

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from backbones.utils import client_batch
+
 
 def _draw(shape: tuple[int, ...], like: Tensor, init: str, generator: torch.Generator | None) -> nn.Parameter:
     """A parameter drawn on the generator's device, else on the CPU."""
@@ -26,15 +28,12 @@ def _draw(shape: tuple[int, ...], like: Tensor, init: str, generator: torch.Gene
 
 
 def _per_sample(prompt: Tensor, batch: int) -> Tensor:
-    """(length x dim), (K x length x dim) or (batch x length x dim) -> (batch x length x dim).
-
-    K prompts belong to K clients whose samples follow one another in the batch.
-    """
+    """(length x dim), (K x length x dim) or (batch x length x dim) -> (batch x length x dim)."""
     if prompt.dim() == 2:
         return prompt.expand(batch, -1, -1)
-    if prompt.dim() != 3 or batch % len(prompt):
+    if prompt.dim() != 3:
         raise ValueError(f"prompts of shape {tuple(prompt.shape)} do not fit a batch of {batch}")
-    return prompt if len(prompt) == batch else prompt.repeat_interleave(batch // len(prompt), 0)
+    return prompt if len(prompt) == batch else client_batch.per_sample(prompt, batch)
 
 
 class _PrefixAttention:
@@ -84,6 +83,8 @@ class _PrefixAttention:
 
 class _Prompts(nn.Module):
     """What both kinds share."""
+
+    STACKS = True
 
     def __init__(self) -> None:
         super().__init__()

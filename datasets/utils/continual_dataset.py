@@ -6,7 +6,7 @@ Names follow Mammoth's ``ContinualDataset`` so that method files written for it 
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from datasets.utils import seeded, stratified_split
-from datasets.utils.transforms import BatchTransform, Compose, Denormalize, Normalize, Resize, to_float
+from datasets.utils.transforms import BatchTransform, Compose, Denormalize, Draws, Normalize, Resize, send, to_float
 from utils.errors import UserError
 
 # (SOURCE or NAME, base_path, train) -> (images, labels): one copy per process, also for datasets that share files
@@ -230,6 +230,22 @@ class ContinualDataset:
         batch = max(self.get_batch_size(), 512 if max(self.SIZE) <= 64 else 128)
         return self.loader(self.task_indices(task, False), task, batch, False, device=self._arg("device", "cpu"))
 
+    def loader_of_many(
+        self,
+        parts: Sequence[tuple[Tensor, torch.Generator]],
+        task: int,
+        batch_size: int,
+        device: torch.device | str = "cpu",
+    ) -> ManyLoader:
+        """A re-iterable over the training samples of several clients at once.
+
+        Args:
+            parts: (indices, generator) of each client, as for :meth:`loader`; the largest clients first.
+        """
+        indices = torch.cat([i for i, _ in parts])
+        view = SampleView(self, indices, task, True, None, device, "train")
+        return ManyLoader(view, [(len(i), g) for i, g in parts], batch_size)
+
     # ---- transforms
     def _normalize(self) -> list[Normalize]:
         return [] if self.MEAN is None else [Normalize(self.MEAN, self.STD)]
@@ -319,7 +335,7 @@ class SampleView:
         if self._own_data is not None:
             return self._own_data[positions]
         everything = self.source.train_images if self.split == "train" else self.source.eval_images
-        return everything[(self.indices[positions] % len(everything)).to(everything.device)]
+        return everything[send(self.indices[positions] % len(everything), everything.device)]
 
     @property
     def data(self) -> Tensor:
@@ -355,7 +371,7 @@ class SampleView:
     def batch(self, positions: Tensor) -> tuple[Tensor, ...]:
         """(inputs, labels[, not_aug_inputs, *extra]) on the device."""
         not_aug = to_float(self._as_shown(self.images(positions).to(self.device, non_blocking=True), positions))
-        labels = self.labels(positions).to(self.device, non_blocking=True)
+        labels = send(self.labels(positions), self.device)
         if not self.train:
             return self.transform(not_aug), labels
         if isinstance(self.transform, Compose | BatchTransform):
@@ -397,3 +413,33 @@ class BatchLoader:
         order = torch.randperm(n, generator=self.dataset.generator) if self.dataset.train else torch.arange(n)
         for positions in order.split(self.batch_size)[: len(self)]:
             yield self.dataset.batch(positions)
+
+
+class ManyLoader:
+    """Batches of several clients at once; made by ``ContinualDataset.loader_of_many``.
+
+    The j-th item is (sizes, inputs, labels): the j-th batch of every client that still has one, client after client.
+    Each client's samples, order and augmentation are those of a loader of its own with its generator.
+    """
+
+    def __init__(self, dataset: SampleView, parts: list[tuple[int, torch.Generator]], batch_size: int):
+        lengths = [n for n, _ in parts]
+        if sorted(lengths, reverse=True) != lengths:
+            raise ValueError(f"the largest clients come first, so that those with a batch left are the first: {lengths}")
+        self.dataset, self.parts, self.batch_size = dataset, parts, batch_size
+
+    def __len__(self) -> int:
+        """Batches of the client that has most."""
+        return -(-self.parts[0][0] // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+        offset, orders = 0, []
+        for n, generator in self.parts:
+            orders.append((torch.randperm(n, generator=generator) + offset).split(self.batch_size))
+            offset += n
+        for j in range(len(self)):
+            mine = [batches[j] for batches in orders if j < len(batches)]
+            sizes = [len(positions) for positions in mine]
+            self.dataset.generator = Draws([(g, n) for (_, g), n in zip(self.parts, sizes)])
+            inputs, labels, *_ = self.dataset.batch(torch.cat(mine))
+            yield sizes, inputs, labels

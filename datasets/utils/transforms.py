@@ -6,13 +6,14 @@ made on the CPU, from ``generator`` or the global generator, so that they do not
 arithmetic is torchvision's (or checked against it) and runs wherever the images are.
 
 Each transform is called as ``t(x, generator=None)`` with ``x`` of shape (B, C, H, W) or (C, H, W), float in [0, 1] or
-uint8.
+uint8. The generator may be a :class:`Draws`: several sources, each for its own run of images.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,46 @@ BILINEAR, BICUBIC = InterpolationMode.BILINEAR, InterpolationMode.BICUBIC
 def to_float(x: Tensor) -> Tensor:
     """uint8 in 0..255 -> float32 in [0, 1]; floats pass."""
     return x if x.is_floating_point() else x.float() / 255
+
+
+class Draws:
+    """Several generators for one batch, ``parts = [(generator, how many consecutive images), ...]``.
+
+    Every image gets the draw it would get in a batch of its part alone, so a batch of many clients can be augmented at
+    once.
+    """
+
+    def __init__(self, parts: Sequence[tuple[torch.Generator, int]]):
+        self.parts = list(parts)
+
+
+def rand(
+    n: int, *shape: int, generator: torch.Generator | Draws | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Uniform draws in [0, 1), (n, *shape), on the CPU; row i belongs to image i."""
+    if isinstance(generator, Draws):
+        return torch.cat([torch.rand(m, *shape, generator=g, dtype=dtype) for g, m in generator.parts])
+    return torch.rand(n, *shape, generator=generator, dtype=dtype)
+
+
+def randint(high: int, n: int, *shape: int, generator: torch.Generator | Draws | None = None) -> Tensor:
+    """Integers in [0, high), (n, *shape), int64 on the CPU; row i belongs to image i."""
+    if isinstance(generator, Draws):
+        return torch.cat([torch.randint(high, (m, *shape), generator=g) for g, m in generator.parts])
+    return torch.randint(high, (n, *shape), generator=generator)
+
+
+def send(t: Tensor, device: torch.device | str) -> Tensor:
+    """``t`` (on the CPU) on ``device``; a GPU is not waited for, since the copy starts from pinned memory."""
+    if torch.device(device).type == "cuda" and not t.is_cuda:
+        return t.pin_memory().to(device, non_blocking=True)
+    return t.to(device)
+
+
+@cache
+def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Per-channel constants (C, 1, 1), made once for a device."""
+    return torch.tensor(values, dtype=dtype, device=device).view(-1, 1, 1)
 
 
 def _pair(v: int | Sequence[int]) -> tuple[int, int]:
@@ -75,7 +116,7 @@ class Normalize(BatchTransform):
 
     def apply(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         x = to_float(x)
-        return (x - x.new_tensor(self.mean).view(-1, 1, 1)) / x.new_tensor(self.std).view(-1, 1, 1)
+        return (x - _constant(self.mean, x.dtype, x.device)) / _constant(self.std, x.dtype, x.device)
 
 
 class Denormalize(BatchTransform):
@@ -85,7 +126,7 @@ class Denormalize(BatchTransform):
         self.mean, self.std = tuple(mean), tuple(std)
 
     def apply(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return x * x.new_tensor(self.std).view(-1, 1, 1) + x.new_tensor(self.mean).view(-1, 1, 1)
+        return x * _constant(self.std, x.dtype, x.device) + _constant(self.mean, x.dtype, x.device)
 
 
 class Resize(BatchTransform):
@@ -120,10 +161,10 @@ class RandomCrop(BatchTransform):
         (b, c, height, width), (h, w) = x.shape, self.size
         if height < h or width < w:
             raise ValueError(f"RandomCrop: {h}x{w} does not fit in {height}x{width} (padding included)")
-        top = torch.randint(height - h + 1, (b, 1), generator=generator)
-        left = torch.randint(width - w + 1, (b, 1), generator=generator)
-        rows = (top + torch.arange(h)).to(x.device)
-        cols = (left + torch.arange(w)).to(x.device)
+        top = randint(height - h + 1, b, 1, generator=generator)
+        left = randint(width - w + 1, b, 1, generator=generator)
+        rows = send(top + torch.arange(h), x.device)
+        cols = send(left + torch.arange(w), x.device)
         x = x.gather(2, rows.view(b, 1, h, 1).expand(b, c, h, width))
         return x.gather(3, cols.view(b, 1, 1, w).expand(b, c, h, w))
 
@@ -135,8 +176,8 @@ class RandomHorizontalFlip(BatchTransform):
         self.p = p
 
     def apply(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        flip = torch.rand(len(x), generator=generator) < self.p
-        return torch.where(flip.view(-1, 1, 1, 1).to(x.device), x.flip(-1), x)
+        flip = rand(len(x), generator=generator) < self.p
+        return torch.where(send(flip.view(-1, 1, 1, 1), x.device), x.flip(-1), x)
 
 
 class RandomResizedCrop(BatchTransform):
@@ -159,7 +200,7 @@ class RandomResizedCrop(BatchTransform):
 
     def boxes(self, n: int, height: int, width: int, generator: torch.Generator | None = None) -> Tensor:
         """(n, 4) int64 boxes (top, left, height, width): the first of ten tries that fits, else a central crop."""
-        u = torch.rand(n, 10, 4, generator=generator, dtype=torch.float64)
+        u = rand(n, 10, 4, generator=generator, dtype=torch.float64)
         area = height * width * (self.scale[0] + u[..., 0] * (self.scale[1] - self.scale[0]))
         low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
         ratio = torch.exp(low + u[..., 1] * (high - low))
@@ -179,7 +220,7 @@ class RandomResizedCrop(BatchTransform):
 
     def crop(self, x: Tensor, boxes: Tensor) -> Tensor:
         """Image i of (B, C, H, W) cut at ``boxes[i]`` and resized: (B, C, *size)."""
-        boxes = boxes.to(x.device)
+        boxes = send(boxes, x.device)
         y = x if x.is_floating_point() else x.float()
         down = _resize_matrix(boxes[:, 0], boxes[:, 2], x.shape[2], self.size[0], self.interpolation).to(y.dtype)
         across = _resize_matrix(boxes[:, 1], boxes[:, 3], x.shape[3], self.size[1], self.interpolation).to(y.dtype)
@@ -228,14 +269,14 @@ class RandomAffine(BatchTransform):
 
     def apply(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         b, _, h, w = x.shape
-        u = torch.rand(b, 4, generator=generator)
+        u = rand(b, 4, generator=generator)
         angle = torch.deg2rad((2 * u[:, 0] - 1) * self.degrees)
         factor = self.scale[0] + u[:, 1] * (self.scale[1] - self.scale[0])
         shift = 2 * (2 * u[:, 2:] - 1) * torch.tensor(self.translate)  # grid coordinates span 2
         cos, sin = torch.cos(angle) / factor, torch.sin(angle) / factor
         # the grid says where each output pixel comes from, so this is the inverse map, in coordinates of a w x h image
         linear = torch.stack((cos, sin * h / w, -sin * w / h, cos), 1).view(b, 2, 2)
-        theta = torch.cat((linear, -linear @ shift[:, :, None]), 2).to(x.device)
+        theta = send(torch.cat((linear, -linear @ shift[:, :, None]), 2), x.device)
         y = x if x.is_floating_point() else x.float()
         grid = F.affine_grid(theta.to(y.dtype), list(x.shape), align_corners=False)
         y = F.grid_sample(y, grid, mode="bilinear", padding_mode="zeros", align_corners=False)

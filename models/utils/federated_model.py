@@ -7,7 +7,11 @@ needs arrives in a Message, what the server learns comes back in one. What runs 
     client   local_update and any other method named in ``clients.call`` / ``clients.sum``: (message, client) -> Message
     both     __init__, begin_task, end_task (structure and counters only, no learning)
 
-A paper usually overrides the loss (``local_loss``), not the step: ``observe`` is written once, below.
+A paper usually overrides the loss (``local_loss``), not the step: ``observe`` is written once, below. An engine may
+then stack what K clients train and differentiate K losses at once (federated/engines/batched.py). That asks of a
+method: ``local_loss`` gives the loss of each sample, from that sample and the network alone; what depends on the
+trained tensors by themselves (a proximal term) is ``local_penalty``; and client methods keep what they learn about a
+client in ``client.state``.
 """
 
 from __future__ import annotations
@@ -37,6 +41,7 @@ class FederatedModel(ContinualModel):
     """Base class; as it stands it is FedAvg (McMahan et al. 2017, Alg. 1) over ``trainable``."""
 
     COMPATIBILITY = ["class-il", "domain-il", "task-il"]
+    PER_SAMPLE_LOSS = True  # whether ``local_loss`` gives a value for each sample
 
     # ---------------------------------------------------------------- what is trained, sent and averaged
 
@@ -92,10 +97,8 @@ class FederatedModel(ContinualModel):
         """Load the broadcast, train ``n_epochs`` epochs with a fresh optimiser, reply."""
         self.load(message)
         self.client = client
-        self.opt = self.get_optimizer()
-        self.scheduler = self.get_scheduler(self.opt)
+        self.start_training()
         self.before_local(message, client)
-        self.net.train(any(p.requires_grad for p in self.net.parameters()))  # a frozen network keeps its statistics
         loader = client.train_loader()
         total, steps = 0.0, 0
         for epoch in range(self.args.n_epochs if self.opt is not None else 0):
@@ -106,28 +109,58 @@ class FederatedModel(ContinualModel):
                 steps += 1
             if self.scheduler is not None:
                 self.scheduler.step()
+        return self.reply_of(client, float(total) / max(steps, 1))
+
+    def start_training(self) -> None:
+        """A fresh optimiser, schedule and loss scaling for one client's turn; the network in training mode."""
+        self.opt = self.get_optimizer()
+        self.scheduler = self.get_scheduler(self.opt)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.args.precision == "fp16")
+        self.net.train(any(p.requires_grad for p in self.net.parameters()))  # a frozen network keeps its statistics
+
+    def reply_of(self, client, loss: float) -> Message:
+        """``after_local`` with the mean training loss."""
         reply = self.after_local(client)
-        return Message({**reply, "loss": float(total) / max(steps, 1)}) if "loss" not in reply else reply
+        return reply if "loss" in reply else Message(reply, loss=loss)
 
     def observe(self, inputs, labels, not_aug_inputs, epoch=None) -> torch.Tensor:
         """One step: zero_grad, ``local_loss``, backward, step. Returns the loss, detached and not yet on the host."""
         self.opt.zero_grad()
-        loss = self.local_loss(inputs, labels, getattr(self, "client", None))
-        loss.backward()
-        if self.args.clip_grad is not None:
-            torch.nn.utils.clip_grad_norm_(self.get_parameters(), self.args.clip_grad)
-        before = {n: p.detach().clone() for n, p in self.trainable().items()} if self._watches_steps else None
-        self.opt.step()
-        if before is not None:
-            self.on_step(self.client, before, self.trainable())
+        client, trained = getattr(self, "client", None), self.trainable()
+        loss = self.local_loss(inputs, labels, client).mean()
+        penalty = self.local_penalty(trained, client)
+        if penalty is not None:
+            loss = loss + penalty
+        self.scaler.scale(loss).backward()
+        self.descend(trained, client, self.opt, self.scaler)
         return loss.detach()
 
-    def local_loss(self, inputs, labels, client) -> torch.Tensor:
-        """The objective of a batch, a pure function of the network's parameters, the batch and the client's state.
+    def descend(self, trained: dict[str, torch.Tensor], client, opt, scaler) -> None:
+        """Clip the gradients of one client's tensors and let its optimiser take a step; ``on_step`` if overridden."""
+        if self.args.clip_grad is not None:
+            scaler.unscale_(opt)
+            torch.nn.utils.clip_grad_norm_(trained.values(), self.args.clip_grad)
+        before = {n: p.detach().clone() for n, p in trained.items()} if self._watches_steps else None
+        scaler.step(opt)
+        scaler.update()
+        if before is not None:
+            self.on_step(client, before, trained)
 
-        Default: cross-entropy over the columns of the current task only, as fed-mammoth trains every method.
+    def local_loss(self, inputs, labels, client) -> torch.Tensor:
+        """The loss of each sample of a batch, (B,): a function of the sample, the network and the client's state.
+
+        Its mean is minimised. Default: cross-entropy over the columns of the current task only, as fed-mammoth trains
+        every method. A method whose loss does not split by sample may return a scalar; it trains one client at a time
+        on every engine and says so with ``PER_SAMPLE_LOSS = False``.
         """
         return self.masked_cross_entropy(self.net(inputs), labels)
+
+    def local_penalty(self, trained: dict[str, torch.Tensor], client) -> torch.Tensor | None:
+        """A scalar added to the mean loss that depends on the trained tensors ``{name: tensor}`` alone, or None.
+
+        FedProx's proximal term, say. Differentiable; ``trained`` has the names of :meth:`trainable`.
+        """
+        return None
 
     def before_local(self, message: Message, client) -> None:
         """Before the first step of a client in a round."""
@@ -146,9 +179,9 @@ class FederatedModel(ContinualModel):
     # ---------------------------------------------------------------- helpers
 
     def masked_cross_entropy(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy over the current task's columns; gradients of all other columns are exactly zero."""
+        """Cross-entropy (B,) over the current task's columns; gradients of all other columns are exactly zero."""
         start, end = self.n_past_classes, self.n_seen_classes
-        return F.cross_entropy(logits[:, start:end].float(), labels - start)
+        return F.cross_entropy(logits[:, start:end].float(), labels - start, reduction="none")
 
     def load(self, message: Message) -> None:
         """Copy the broadcast into what this worker trains."""
@@ -171,6 +204,15 @@ class FederatedModel(ContinualModel):
             if id(p) not in self._own:
                 p.data = p.data.clone()
                 self._own[id(p)] = p
+
+    def why_one_by_one(self) -> str | None:
+        """Why an engine must train the clients of this method one at a time; None if it may train many at once."""
+        cls = type(self)
+        if any(getattr(cls, n) is not getattr(FederatedModel, n) for n in ("local_update", "observe", "descend")):
+            return "it has a training step of its own"
+        if not self.PER_SAMPLE_LOSS:
+            return "its loss does not split by sample"
+        return None
 
     @property
     def _watches_steps(self) -> bool:

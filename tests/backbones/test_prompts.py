@@ -238,7 +238,7 @@ def test_messages(images):
     with pytest.raises(ValueError, match="available: uniform"):
         PrependPrompts(net, 2, init="ones")
     prompts.set(0, torch.zeros(3, 1, D), torch.zeros(3, 1, D))
-    with pytest.raises(ValueError, match="do not fit a batch of 4"):
+    with pytest.raises(ValueError, match="a batch of 4 does not divide into 3 stacked clients"):
         net(images)
 
 

@@ -13,7 +13,8 @@ import federated.simulator as simulator
 import main
 from backbones.vit_pocket import NAME as VIT
 from datasets.utils.partition import Partition
-from federated.clients import SUM_CHUNK, Clients, Ledger, finite
+from federated.clients import Clients, Ledger
+from federated.engines.base import SUM_CHUNK, Engine, finite
 from federated.engines.serial import SerialEngine
 from federated.message import Message
 from federated.simulator import participants
@@ -81,7 +82,7 @@ def test_only_clients_with_samples_are_asked(tmp_path, monkeypatch):
 # ---- call and sum
 
 
-class Echo:
+class Echo(Engine):
     """An engine whose clients answer what a function says, in any order."""
 
     def __init__(self, answer, order=None) -> None:
@@ -240,9 +241,9 @@ def test_a_ledger_is_stored_as_a_table():
     assert state["rows"].dtype == torch.int64 and state["rows"].shape == (7, 6)
     again = Ledger()
     again.load(state)
-    assert again.rows == ledger.rows and (again.uplink, again.downlink) == (ledger.uplink, ledger.downlink)
+    assert again.rows() == ledger.rows() and (again.uplink, again.downlink) == (ledger.uplink, ledger.downlink)
     again.load(Ledger().state())
-    assert again.rows == []
+    assert again.rows() == []
 
 
 # ---- what must not be written to

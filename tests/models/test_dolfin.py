@@ -387,7 +387,7 @@ def test_bytes(rig, wire, basis):
     assert calls["design"] == (2 * 3 if before == "design" else 0)
 
     held = {c: set() for c in range(3)}
-    for w, row in zip(wire, r.ledger.rows, strict=True):
+    for w, row in zip(wire, r.ledger.rows(), strict=True):
         assert (w.call, w.task, w.round, w.client) == (row["call"], row["task"], row["round"], row["client"])
         new = {n for n in w.message.keep if n not in held[w.client]}
         held[w.client] |= new

@@ -158,7 +158,7 @@ def test_ffa_lora_draws_A_once_and_sends_it_once(rig, wire):
     r.run()
     assert all(torch.equal(a, b) for a, (_, _, b, _) in zip(A, r.model.lora, strict=True))
     size = 4 * sum(a.numel() for a in A)
-    first, *later = [row["downlink_bytes"] for row in r.ledger.rows if row["client"] == 1]
+    first, *later = [row["downlink_bytes"] for row in r.ledger.rows() if row["client"] == 1]
     assert len(set(later)) == 1 and 0 < first - later[0] - size < 4000  # the rest are names in the header
     assert all(".A" not in name for w in wire for name in w.reply.tensors())
 

@@ -1,0 +1,361 @@
+"""Many clients in one forward and backward pass on one device.
+
+What the clients train is stacked: a tensor with a leading client dimension for each trainable tensor. Two ways to run
+the network over a stack, chosen by what is trained:
+
+    adapters, prompts, head rows   the samples of all clients form one batch for the frozen network; only the modules
+                                   that are trained tell clients apart (backbones/utils/client_batch.py). Batches of
+                                   unequal size need no padding.
+    the network's own weights      ``torch.func.vmap`` over the clients; smaller batches are padded, and padding has
+                                   weight zero. On a GPU, or when ``--clients_per_batch`` asks for it: on a CPU this is
+                                   no faster than clients in turn.
+
+The K losses are added up, so each client's slice receives the gradient of its own loss. Every client has an optimiser,
+a schedule and a loss scale of its own: the method's, made over views of its slices. So K clients in a stack take the
+steps that K clients in turn take, and a client that has no batch left is left alone, whatever its momentum. Draws come
+from each client's own generator. Only the order of additions differs from the serial engine.
+
+Everything but ``local_update`` runs client by client, and so does ``local_update`` of a method with a training step of
+its own (``FederatedModel.why_one_by_one``).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from backbones.utils.client_batch import client_batch
+from datasets.utils.transforms import send
+from federated.client import Client
+from federated.engines.base import Engine, blaming
+from federated.message import Message
+from utils.errors import ClientError
+
+STACKED = "local_update"  # the one client half that trains
+
+
+class Stack:
+    """K copies of what a worker trains, in tensors with a leading client dimension.
+
+    Attributes:
+        values: {name: (K, ...)}. of: for each client {name: parameter}, views of its slices.
+    """
+
+    def __init__(self, worker, clients: int) -> None:
+        trained = worker.trainable()
+        self.places = places_of(worker, trained)
+        self.values = {n: p.detach().expand(clients, *p.shape).clone() for n, p in trained.items()}
+        self.of = [{n: nn.Parameter(v[k]) for n, v in self.values.items()} for k in range(clients)]
+
+    def leaves(self, clients: int) -> dict[str, Tensor]:
+        """The slices of the first ``clients`` clients, to differentiate by."""
+        return {n: v[:clients].detach().requires_grad_() for n, v in self.values.items()}
+
+    @contextmanager
+    def in_place(self, tensors: dict[str, Tensor]) -> Iterator[None]:
+        """Within the block, the worker's modules hold ``tensors`` in place of what it trains."""
+        before = {n: module._parameters[key] for n, (module, key) in self.places.items()}
+        try:
+            for n, (module, key) in self.places.items():
+                module._parameters[key] = tensors[n]
+            yield
+        finally:
+            for n, (module, key) in self.places.items():
+                module._parameters[key] = before[n]
+
+
+def places_of(worker, trained: dict[str, nn.Parameter]) -> dict[str, tuple[nn.Module, str]]:
+    """{name: (module, name within it)} of the tensors that a worker trains; those of no module are missing."""
+    names = {id(p): n for n, p in trained.items()}
+    places = {}
+    for module in worker.modules():
+        for key, p in module._parameters.items():
+            if id(p) in names:
+                places[names[id(p)]] = module, key
+    return places
+
+
+def tells_clients_apart(worker, trained: dict[str, nn.Parameter]) -> bool:
+    """Whether all that is trained belongs to modules that take a leading client dimension."""
+    covered = {id(p) for m in worker.modules() if getattr(m, "STACKS", False) for p in m.parameters()}
+    return all(id(p) in covered for p in trained.values())
+
+
+class NotAlike(Exception):
+    """The stacked loss has other gradients than the clients' own losses."""
+
+
+class BatchedEngine(Engine):
+    """Stacks clients where it can and where it pays, and trains the others in turn.
+
+    Attributes:
+        clients_per_batch: clients in a stack; None until it is known how many fit.
+    """
+
+    def __init__(self, worker, partition, states, args, say=print) -> None:
+        super().__init__(worker, partition, states, args)
+        self.say, self.clients_per_batch = say, args.clients_per_batch
+        self.in_turn: str | None = None  # why not to stack at all
+        self._mean_of: dict[tuple, Tensor] = {}
+        self._proven = -1  # the task whose stacked gradients have been compared with a client's own
+
+    # ---------------------------------------------------------------- which clients, how many at once
+
+    def run(
+        self, call: str, message: Message, ids: Iterable[int], task: int, round_: int
+    ) -> Iterator[tuple[int, Message | None]]:
+        """Yield (client id, reply): stacks of the largest clients first, so that those alike are trained together."""
+        self.worker.enter_task(task)
+        waiting = list(ids)
+        if call == STACKED and self._stacks(message):
+            waiting.sort(key=lambda i: (-len(self.partition.indices(task, i)), i))
+            while waiting and self.in_turn is None:
+                if self.clients_per_batch is None:
+                    self.clients_per_batch = self._how_many(self.client(waiting[0], task, round_, call), len(waiting))
+                some = waiting[: self.clients_per_batch]
+                try:
+                    replies = self._together(message, some, task, round_)
+                except NotAlike as e:
+                    self._give_up(str(e))
+                    break
+                except ClientError as e:
+                    if not isinstance(e.__cause__, torch.OutOfMemoryError) or len(some) == 1:
+                        raise
+                    self.clients_per_batch = len(some) // 2
+                    torch.cuda.empty_cache()
+                    continue
+                yield from replies
+                waiting = waiting[len(some) :]
+        for i in sorted(waiting):
+            yield i, self.answer(call, message, self.client(i, task, round_, call))
+
+    def _stacks(self, message: Message) -> bool:
+        """Whether clients are trained together; says once why not."""
+        if self.in_turn is not None:
+            return False
+        worker = self.worker
+        worker.load(message)
+        trained = worker.trainable()
+        reason = worker.why_one_by_one()
+        if reason is None and not trained:
+            reason = "it trains nothing"
+        if reason is None and len(places_of(worker, trained)) < len(trained):
+            reason = "it trains tensors that are no parameters of its modules"
+        self._folds = reason is None and tells_clients_apart(worker, trained)
+        if reason is None and not self._folds:
+            reason = self._why_not_vmap()
+        if reason is not None:
+            self._give_up(reason)
+        return reason is None
+
+    def _why_not_vmap(self) -> str | None:
+        """Why whole networks are not stacked."""
+        for module in self.worker.net.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                return "its network has BatchNorm, whose statistics mix the samples of a batch"
+            if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+                return "its network has dropout, which draws from no client's generator"
+        if self.args.clients_per_batch is None and self.worker.device.type == "cpu":
+            return "it trains whole networks, which a CPU does as fast in turn (--clients_per_batch K stacks them)"
+        return None
+
+    def _give_up(self, reason: str) -> None:
+        self.in_turn = reason
+        self.say(f"engine batched: {self.worker.NAME} trains its clients one at a time: {reason}")
+
+    def _how_many(self, client: Client, most: int) -> int:
+        """Clients whose activations fit in 70 % of the free memory, from what one small batch keeps for its backward.
+
+        Memory that runs out all the same halves the number (in :meth:`run`).
+        """
+        indices, device = client.indices[:2], self.worker.device
+        loader = self.worker.dataset.loader_of_many([(indices, client.generator)], client.task, 2, device)
+        _, inputs, labels = next(iter(loader))
+        seen: dict[int, int] = {p.untyped_storage().data_ptr(): 0 for p in self.worker.parameters()}
+
+        def count(t: Tensor) -> Tensor:
+            seen.setdefault(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes())
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
+            loss = self.worker.local_loss(inputs, labels, client)
+        del loss
+        batch = min(self.args.batch_size, client.n_samples)
+        each = 1.5 * sum(seen.values()) / len(indices) * batch  # and as much again in half for the backward's own
+        each += 4 * sum(p.numel() * p.element_size() for p in self.worker.trainable().values())
+        return max(1, min(most, int(0.7 * free_memory(device) / each)))
+
+    # ---------------------------------------------------------------- training together
+
+    def _together(self, message: Message, ids: Sequence[int], task: int, round_: int) -> list[tuple[int, Message]]:
+        """The replies of some clients, the largest first, trained as a stack; their states change only at the end."""
+        worker = self.worker
+        clients = [self.client(i, task, round_, STACKED) for i in ids]
+        for client in clients:  # a stack that fails is trained again
+            client.state = copy.deepcopy(client.state)
+        try:
+            worker.load(message)
+            stack = Stack(worker, len(clients))
+            learners, replies = [], []
+            for client, own in zip(clients, stack.of):
+                with stack.in_place(own), self._blaming(client):
+                    worker.client = client
+                    worker.start_training()
+                    worker.before_local(message, client)
+                    learners.append((worker.opt, worker.scheduler, worker.scaler))
+            with self._blaming(*clients):
+                losses = self._train(stack, clients, learners).tolist()
+            for client, own, loss in zip(clients, stack.of, losses):
+                with stack.in_place(own), self._blaming(client):
+                    worker.client = client
+                    replies.append((client.id, worker.reply_of(client, loss)))
+        finally:
+            worker.client = worker.opt = worker.scheduler = worker.scaler = None
+        for client in clients:
+            self.states[client.id] = client.state
+        return replies
+
+    @staticmethod
+    def _blaming(*clients: Client):
+        names = sorted(c.id for c in clients)
+        who = f"client {names[0]}" if len(names) == 1 else f"one of the clients {', '.join(map(str, names))}"
+        return blaming(STACKED, who, clients[0].task, clients[0].round)
+
+    def _train(self, stack: Stack, clients: list[Client], learners: list) -> Tensor:
+        """All epochs of all clients. Returns their mean losses (K,)."""
+        worker, args, task = self.worker, self.args, clients[0].task
+        loader = worker.dataset.loader_of_many(
+            [(c.indices, c.generator) for c in clients], task, args.batch_size, worker.device
+        )
+        n_batches = [-(-c.n_samples // args.batch_size) for c in clients]
+        if args.debug_mode:
+            n_batches = [min(n, worker.get_debug_iters()) for n in n_batches]
+        # the last moment at which two clients train together: by then they have gone different ways
+        proof = (args.n_epochs - 1, n_batches[1] - 1) if len(clients) > 1 and self._proven != task else None
+        total = torch.zeros(len(clients), device=worker.device)
+        gradients = self._folded if self._folds else self._vmapped
+        for epoch in range(args.n_epochs):
+            for j, (sizes, inputs, labels) in enumerate(loader):
+                if j == n_batches[0]:
+                    break
+                active = tuple(clients[: len(sizes)])
+                losses, grads = gradients(stack, active, sizes, inputs, labels, [s for _, _, s in learners])
+                if (epoch, j) == proof:
+                    self._compare(stack, active, sizes, inputs, labels, grads, learners[0][2])
+                total[: len(active)] += losses
+                for k, client in enumerate(active):
+                    for n, p in stack.of[k].items():
+                        p.grad = grads[n][k] if grads[n] is not None else None
+                    opt, _, scaler = learners[k]
+                    worker.descend(stack.of[k], client, opt, scaler)
+            for _, scheduler, _ in learners:
+                if scheduler is not None:
+                    scheduler.step()
+        return total / send(torch.tensor([float(max(n * args.n_epochs, 1)) for n in n_batches]), worker.device)
+
+    def _folded(self, stack, clients, sizes, inputs, labels, scalers) -> tuple[Tensor, dict[str, Tensor | None]]:
+        """Losses (K,) and their (scaled) gradients by the slices, from one batch of all clients' samples."""
+        leaves = stack.leaves(len(clients))
+        with stack.in_place(leaves), client_batch(sizes):
+            each = self._per_sample(self.worker.local_loss(inputs, labels, clients), labels)
+        losses = self._means(sizes, each.dtype) @ each
+        penalties = [
+            self.worker.local_penalty({n: v[k] for n, v in leaves.items()}, c) for k, c in enumerate(clients)
+        ]
+        if penalties[0] is not None:
+            losses = losses + torch.stack(penalties)
+        if scalers[0].is_enabled():
+            total = sum(s.scale(loss) for s, loss in zip(scalers, losses.unbind()))
+        else:
+            total = losses.sum()
+        grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+        return losses.detach(), dict(zip(leaves, grads))
+
+    def _vmapped(self, stack, clients, sizes, inputs, labels, scalers) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same for networks that are trained themselves: one loss, mapped over the clients."""
+        longest, offsets = max(sizes), torch.tensor([0, *sizes]).cumsum(0)[:-1]
+        last = torch.tensor(sizes) - 1
+        rows = send(offsets[:, None] + torch.minimum(torch.arange(longest), last[:, None]), inputs.device)
+        one = torch.ones((), device=inputs.device)
+        scales = torch.stack([s.scale(one) if s.is_enabled() else one for s in scalers[: len(sizes)]])
+        weights = torch.stack([w[r] for w, r in zip(self._means(sizes, torch.float32), rows)])
+        weights = weights * send((torch.arange(longest) <= last[:, None]).float(), inputs.device)
+
+        def loss(trained, x, y, w, scale):
+            with stack.in_place(trained):
+                each = self._per_sample(self.worker.local_loss(x, y, clients), y)
+            value = (each * w).sum()
+            penalty = self.worker.local_penalty(trained, clients)
+            value = value if penalty is None else value + penalty
+            return value * scale, value
+
+        leaves = {n: v[: len(clients)] for n, v in stack.values.items()}
+        with plain_attention(self.worker.net):
+            grads, losses = torch.func.vmap(torch.func.grad(loss, has_aux=True))(
+                leaves, inputs[rows], labels[rows], weights, scales
+            )
+        return losses.detach(), grads
+
+    def _means(self, sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """(K, batch): row k takes the mean over the samples of client k."""
+        key = (tuple(sizes), dtype)
+        if key not in self._mean_of:
+            rows = torch.block_diag(*(torch.full((1, n), 1 / n, dtype=dtype) for n in sizes))
+            self._mean_of[key] = send(rows, self.worker.device)
+        return self._mean_of[key]
+
+    @staticmethod
+    def _per_sample(each: Tensor, labels: Tensor) -> Tensor:
+        if each.shape != labels.shape:
+            raise NotAlike("its local_loss gives no loss for each sample (PER_SAMPLE_LOSS = False says so beforehand)")
+        return each
+
+    def _compare(self, stack, clients, sizes, inputs, labels, grads, scaler) -> None:
+        """Hold the first client's slices against its own loss, alone.
+
+        Raises:
+            NotAlike: the gradients differ by more than rounding, so the method does not bear stacking.
+        """
+        n, worker = sizes[0], self.worker
+        own = {name: p.detach().requires_grad_() for name, p in stack.of[0].items()}
+        with stack.in_place(own):
+            loss = worker.local_loss(inputs[:n], labels[:n], clients[0]).mean()
+            penalty = worker.local_penalty(own, clients[0])
+        loss = scaler.scale(loss if penalty is None else loss + penalty)
+        alone = torch.autograd.grad(loss, list(own.values()), allow_unused=True)
+        tolerance = 1e-4 if self.args.precision == "fp32" else 5e-2
+        for (name, whole), right in zip(grads.items(), alone):
+            mine = torch.zeros_like(own[name]) if whole is None else whole[0]
+            right = torch.zeros_like(mine) if right is None else right
+            if (mine - right).norm() > tolerance * right.norm() + 1e-6 * mine.numel() ** 0.5:
+                raise NotAlike(f"stacked, the gradient of {name} is not the client's own; does its loss mix clients?")
+        self._proven = clients[0].task
+
+
+@contextmanager
+def plain_attention(net: nn.Module) -> Iterator[None]:
+    """timm's attention as plain products within the block: vmap has no rule for the fused kernel and loops instead."""
+    fused = [m for m in net.modules() if getattr(m, "fused_attn", False) is True]
+    for module in fused:
+        module.fused_attn = False
+    try:
+        yield
+    finally:
+        for module in fused:
+            module.fused_attn = True
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a device has left; of the machine's memory for the CPU, as far as the system tells."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as f:
+            return next(1024 * int(line.split()[1]) for line in f if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 4 * 2**30
