@@ -55,4 +55,6 @@ def get_backbone(args: argparse.Namespace, dataset: Any = None) -> Backbone:
     module = _module(args.backbone)
     if dataset is None:
         dataset = importlib.import_module("datasets").get_dataset(args)
-    return module.build(args, dataset)
+    net = module.build(args, dataset)
+    net.set_precision(getattr(args, "precision", "fp32"))
+    return net

@@ -4,8 +4,13 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+
+from federated.engines.serial import SerialEngine
+from tests.rig import MLP, POCKET, Rig
 
 torch.set_num_threads(1)
 
@@ -14,3 +19,30 @@ torch.set_num_threads(1)
 def _no_network(monkeypatch):
     """Hubs are never asked."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture
+def rig(tmp_path):
+    """``rig(flags)`` builds an experiment over the pocket transformer, ``rig(flags, MLP)`` over the perceptron."""
+
+    def make(flags: str, base: str = POCKET) -> Rig:
+        return Rig(f"{base} {flags}", tmp_path)
+
+    make.POCKET, make.MLP = POCKET, MLP
+    return make
+
+
+@pytest.fixture
+def wire(monkeypatch):
+    """Everything that crosses the wire from here on: call, task, round, client, message, reply."""
+    record, plain = [], SerialEngine.run
+
+    def run(self, call, message, ids, task, round_):
+        for client, reply in plain(self, call, message, ids, task, round_):
+            record.append(
+                SimpleNamespace(call=call, task=task, round=round_, client=client, message=message, reply=reply)
+            )
+            yield client, reply
+
+    monkeypatch.setattr(SerialEngine, "run", run)
+    return record

@@ -2,13 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
+
+from backbones.utils.base import Backbone
+from models.utils.continual_model import ContinualModel
+from utils.checkpoints import digest
 
 EVAL_BATCH = 256
 
 
+class Features:
+    """Features of the test images, kept from one evaluation to the next while nothing before the head changes.
+
+    They are kept only where that is certain: the method predicts with the network as it is, the network's body is
+    frozen, nothing is grafted on it, and its tensors have the fingerprints they had when the features were computed.
+    """
+
+    def __init__(self) -> None:
+        self.fingerprint: tuple | None = None
+        self.kept: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    def usable(self, model) -> bool:
+        """Whether features may be kept with this model as it is now; forgets those of another body."""
+        net = model.net
+        if type(model).forward is not ContinualModel.forward or not isinstance(net, Backbone):
+            return False
+        if any(p.requires_grad for p in net.body_parameters().values()):
+            return False
+        if any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in net.modules()):
+            return False
+        body = {n: t for n, t in net.state_dict().items() if not n.startswith("classifier.")}
+        fingerprint = (net.autocast, *((n, digest(t)) for n, t in body.items()))
+        if fingerprint != self.fingerprint:
+            self.fingerprint, self.kept = fingerprint, {}
+        return True
+
+    def batches(self, model, task: int, loader) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """(logits, labels) of a task's test batches."""
+        if task not in self.kept:
+            self.kept[task] = [(model.net(inputs, returnt="features"), labels) for inputs, labels in loader]
+        for features, labels in self.kept[task]:
+            yield model.net.logits(features), labels
+
+
 @torch.no_grad()
-def evaluate(model, dataset, tasks) -> tuple[list[float], list[float]]:
+def evaluate(model, dataset, tasks, features: Features | None = None) -> tuple[list[float], list[float]]:
     """Accuracy in % on each of ``tasks`` with the model as it is.
 
     Class-IL takes the best of all classes seen so far (all there are, for a task not seen yet); task-IL the best
@@ -16,6 +56,7 @@ def evaluate(model, dataset, tasks) -> tuple[list[float], list[float]]:
 
     Args:
         model: a ContinualModel; its ``forward`` gives logits (B, N_CLASSES). tasks: indices of evaluation tasks.
+        features: remembers the features of test images between calls, where that changes nothing.
 
     Returns:
         (class-IL, task-IL), a value for each task.
@@ -23,14 +64,15 @@ def evaluate(model, dataset, tasks) -> tuple[list[float], list[float]]:
     was_training = model.training, model.net.training
     model.eval()
     class_il, task_il = [], []
+    keep = features is not None and features.usable(model)
     for task in tasks:
         start, end = dataset.get_offsets(task)
         seen = model.n_seen_classes if end <= model.n_seen_classes else dataset.N_CLASSES
         right = right_task = n = torch.zeros((), device=model.device)
-        for inputs, labels in dataset.loader(
-            dataset.task_indices(task, train=False), task, EVAL_BATCH, train=False, device=model.device
-        ):
-            logits = model(inputs)
+        indices = dataset.task_indices(task, train=False)
+        loader = dataset.loader(indices, task, EVAL_BATCH, train=False, device=model.device)
+        batches = features.batches(model, task, loader) if keep else ((model(x), y) for x, y in loader)
+        for logits, labels in batches:
             width = min(seen, logits.shape[1])
             right = right + (logits[:, :width].argmax(1) == labels).sum()
             right_task = right_task + (logits[:, start:end].argmax(1) + start == labels).sum()
@@ -55,6 +97,7 @@ class Results:
         self.class_il: list[list[float]] = []
         self.task_il: list[list[float]] = []
         self.random: list[list[float]] | None = None
+        self.features = Features()
 
     def tasks(self, after: int) -> list[int]:
         """Which tasks to test on after task ``after``."""
@@ -65,7 +108,7 @@ class Results:
         """A row of both matrices, padded with nan."""
         tasks = self.tasks(after)
         pad = [float("nan")] * (self.dataset.n_eval_tasks - len(tasks))
-        class_il, task_il = evaluate(model, self.dataset, tasks)
+        class_il, task_il = evaluate(model, self.dataset, tasks, self.features)
         return class_il + pad, task_il + pad
 
     def state(self) -> dict:

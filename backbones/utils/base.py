@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -91,17 +92,22 @@ class Backbone(nn.Module):
         """
         if returnt not in ("out", "features", "both", "all"):
             raise NotImplementedError(f"unknown return type {returnt!r}: choose 'out', 'features', 'both' or 'all'")
-        if self.autocast is None:
+        with self._precision(x.device):
             features = self._features(x)
-            out = None if returnt == "features" else self.classifier(features)
-        else:
-            with torch.autocast(x.device.type, self.autocast):
-                features = self._features(x)
-                out = None if returnt == "features" else self.classifier(features).float()
-            features = features.float()
+        features = features if self.autocast is None else features.float()
         if returnt == "features":
             return features
+        out = self.logits(features)
         return out if returnt == "out" else (out, features)
+
+    def logits(self, features: torch.Tensor) -> torch.Tensor:
+        """Features (B, feature_dim) -> logits (B, num_classes), as :meth:`forward` makes them."""
+        with self._precision(features.device):
+            out = self.classifier(features)
+        return out if self.autocast is None else out.float()
+
+    def _precision(self, device: torch.device):
+        return nullcontext() if self.autocast is None else torch.autocast(device.type, self.autocast)
 
     def set_precision(self, precision: str) -> None:
         """Run the forward pass, and with it the backward pass, in 'fp32', 'bf16' or 'fp16' (torch's autocast).

@@ -5,6 +5,7 @@ Names follow Mammoth's ``ContinualDataset`` so that method files written for it 
 
 from __future__ import annotations
 
+import warnings
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -20,6 +21,13 @@ from utils.errors import UserError
 
 # (SOURCE or NAME, base_path, train) -> (images, labels): one copy per process, also for datasets that share files
 _ARRAYS: dict[tuple[str, str, bool], tuple[Tensor, Tensor]] = {}
+
+
+def preload(arrays: dict[tuple[str, str, bool], tuple[np.ndarray, np.ndarray]]) -> None:
+    """Take over what another process has read (``ContinualDataset.arrays``); the memory is not copied."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that shared memory cannot be written to
+        _ARRAYS.update({key: (torch.from_numpy(x), torch.from_numpy(y)) for key, (x, y) in arrays.items()})
 
 
 class ContinualDataset:
@@ -133,7 +141,7 @@ class ContinualDataset:
             )
 
     def _cached(self, train: bool) -> tuple[Tensor, Tensor]:
-        key = (self.SOURCE or self.NAME, str(self._arg("base_path", "./data/")), train)
+        key = (*self._source, train)
         if key not in _ARRAYS:
             images, labels = self.load_arrays(train)
             ok = images.dtype == torch.uint8 and images.dim() == 4 and images.shape[1] == self.CHANNELS
@@ -143,6 +151,14 @@ class ContinualDataset:
                 raise ValueError(f"{self.NAME}: load_arrays gives labels outside 0..{self.N_CLASSES - 1}, or none")
             _ARRAYS[key] = images.contiguous(), labels
         return _ARRAYS[key]
+
+    @property
+    def _source(self) -> tuple[str, str]:
+        return self.SOURCE or self.NAME, str(self._arg("base_path", "./data/"))
+
+    def arrays(self) -> dict[tuple[str, str, bool], tuple[np.ndarray, np.ndarray]]:
+        """What was read from files, for :func:`preload` in another process."""
+        return {key: (x.numpy(), y.numpy()) for key, (x, y) in _ARRAYS.items() if key[:2] == self._source}
 
     def to(self, device: torch.device | str) -> ContinualDataset:
         """Keep the uint8 images on ``device``, so that batches are indexed there."""
@@ -425,7 +441,9 @@ class ManyLoader:
     def __init__(self, dataset: SampleView, parts: list[tuple[int, torch.Generator]], batch_size: int):
         lengths = [n for n, _ in parts]
         if sorted(lengths, reverse=True) != lengths:
-            raise ValueError(f"the largest clients come first, so that those with a batch left are the first: {lengths}")
+            raise ValueError(
+                f"the largest clients come first, so that those with a batch left are the first: {lengths}"
+            )
         self.dataset, self.parts, self.batch_size = dataset, parts, batch_size
 
     def __len__(self) -> int:

@@ -33,9 +33,10 @@ from datasets.utils.transforms import send
 from federated.client import Client
 from federated.engines.base import Engine, blaming
 from federated.message import Message
-from utils.errors import ClientError
+from utils.errors import ClientError, RunError
 
 STACKED = "local_update"  # the one client half that trains
+CPU_SAMPLES = 128  # a larger batch outgrows a CPU's caches and is slower than several
 
 
 class Stack:
@@ -85,7 +86,7 @@ def tells_clients_apart(worker, trained: dict[str, nn.Parameter]) -> bool:
     return all(id(p) in covered for p in trained.values())
 
 
-class NotAlike(Exception):
+class NotAlike(RunError):
     """The stacked loss has other gradients than the clients' own losses."""
 
 
@@ -111,12 +112,15 @@ class BatchedEngine(Engine):
         """Yield (client id, reply): stacks of the largest clients first, so that those alike are trained together."""
         self.worker.enter_task(task)
         waiting = list(ids)
-        if call == STACKED and self._stacks(message):
+        if call == STACKED and self._stacks():
             waiting.sort(key=lambda i: (-len(self.partition.indices(task, i)), i))
             while waiting and self.in_turn is None:
                 if self.clients_per_batch is None:
-                    self.clients_per_batch = self._how_many(self.client(waiting[0], task, round_, call), len(waiting))
-                some = waiting[: self.clients_per_batch]
+                    self.clients_per_batch = self._how_many(
+                        message, self.client(waiting[0], task, round_, call), len(waiting)
+                    )
+                stacks = -(-len(waiting) // self.clients_per_batch)
+                some = waiting[: -(-len(waiting) // stacks)]  # of about the same size
                 try:
                     replies = self._together(message, some, task, round_)
                 except NotAlike as e:
@@ -133,13 +137,11 @@ class BatchedEngine(Engine):
         for i in sorted(waiting):
             yield i, self.answer(call, message, self.client(i, task, round_, call))
 
-    def _stacks(self, message: Message) -> bool:
+    def _stacks(self) -> bool:
         """Whether clients are trained together; says once why not."""
         if self.in_turn is not None:
             return False
-        worker = self.worker
-        worker.load(message)
-        trained = worker.trainable()
+        worker, trained = self.worker, self.worker.trainable()
         reason = worker.why_one_by_one()
         if reason is None and not trained:
             reason = "it trains nothing"
@@ -167,26 +169,34 @@ class BatchedEngine(Engine):
         self.in_turn = reason
         self.say(f"engine batched: {self.worker.NAME} trains its clients one at a time: {reason}")
 
-    def _how_many(self, client: Client, most: int) -> int:
+    def _how_many(self, message: Message, client: Client, most: int) -> int:
         """Clients whose activations fit in 70 % of the free memory, from what one small batch keeps for its backward.
 
-        Memory that runs out all the same halves the number (in :meth:`run`).
+        Memory that runs out all the same halves the number (in :meth:`run`). On a CPU also no more than pay.
         """
-        indices, device = client.indices[:2], self.worker.device
-        loader = self.worker.dataset.loader_of_many([(indices, client.generator)], client.task, 2, device)
+        worker, indices, device = self.worker, client.indices[:2], self.worker.device
+        client.state = copy.deepcopy(client.state)
+        worker.client = client
+        with self._blaming(client):
+            worker.load(message)
+            worker.start_training()
+            worker.before_local(message, client)
+        loader = worker.dataset.loader_of_many([(indices, client.generator)], client.task, 2, device)
         _, inputs, labels = next(iter(loader))
-        seen: dict[int, int] = {p.untyped_storage().data_ptr(): 0 for p in self.worker.parameters()}
+        seen: dict[int, int] = {p.untyped_storage().data_ptr(): 0 for p in worker.parameters()}
 
         def count(t: Tensor) -> Tensor:
             seen.setdefault(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes())
             return t
 
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
-            loss = self.worker.local_loss(inputs, labels, client)
+        with self._blaming(client), torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
+            loss = worker.local_loss(inputs, labels, client)
         del loss
         batch = min(self.args.batch_size, client.n_samples)
+        if device.type == "cpu":
+            most = min(most, max(CPU_SAMPLES // batch, 2))
         each = 1.5 * sum(seen.values()) / len(indices) * batch  # and as much again in half for the backward's own
-        each += 4 * sum(p.numel() * p.element_size() for p in self.worker.trainable().values())
+        each += 4 * sum(p.numel() * p.element_size() for p in worker.trainable().values())
         return max(1, min(most, int(0.7 * free_memory(device) / each)))
 
     # ---------------------------------------------------------------- training together
@@ -263,9 +273,7 @@ class BatchedEngine(Engine):
         with stack.in_place(leaves), client_batch(sizes):
             each = self._per_sample(self.worker.local_loss(inputs, labels, clients), labels)
         losses = self._means(sizes, each.dtype) @ each
-        penalties = [
-            self.worker.local_penalty({n: v[k] for n, v in leaves.items()}, c) for k, c in enumerate(clients)
-        ]
+        penalties = [self.worker.local_penalty({n: v[k] for n, v in leaves.items()}, c) for k, c in enumerate(clients)]
         if penalties[0] is not None:
             losses = losses + torch.stack(penalties)
         if scalers[0].is_enabled():
@@ -282,8 +290,8 @@ class BatchedEngine(Engine):
         rows = send(offsets[:, None] + torch.minimum(torch.arange(longest), last[:, None]), inputs.device)
         one = torch.ones((), device=inputs.device)
         scales = torch.stack([s.scale(one) if s.is_enabled() else one for s in scalers[: len(sizes)]])
-        weights = torch.stack([w[r] for w, r in zip(self._means(sizes, torch.float32), rows)])
-        weights = weights * send((torch.arange(longest) <= last[:, None]).float(), inputs.device)
+        weights = torch.stack([w[r] for w, r in zip(self._means(sizes, inputs.dtype), rows)])
+        weights = weights * send(torch.arange(longest) <= last[:, None], inputs.device)
 
         def loss(trained, x, y, w, scale):
             with stack.in_place(trained):

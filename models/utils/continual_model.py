@@ -33,6 +33,7 @@ class ContinualModel(nn.Module):
     COMPATIBILITY: list[str]
     AVAIL_OPTIMS = ["sgd", "adam", "adamw"]
     FEDERATED_ONLY = False
+    SCALES_LOSS = False  # whether the training step scales the loss, as gradients in float16 need
 
     # Old Mammoth methods do not pass the data set to this constructor; ``construct`` leaves it here meanwhile.
     _dataset_of_construction = None
@@ -46,6 +47,10 @@ class ContinualModel(nn.Module):
         super().__init__()
         if not getattr(self, "NAME", None) or not getattr(self, "COMPATIBILITY", None):
             raise NotImplementedError("a method needs the class attributes NAME and COMPATIBILITY")
+        if getattr(args, "precision", "fp32") == "fp16" and not self.SCALES_LOSS:
+            raise UserError(
+                f"--precision fp16: {self.NAME} has a training step of its own, without loss scaling; use bf16"
+            )
         self.net = backbone
         self.loss = loss
         self.args = args
@@ -221,4 +226,6 @@ def construct(cls: type[ContinualModel], backbone, loss, args, transform, datase
         parameters = inspect.signature(cls.__init__).parameters
         takes = "dataset" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         model = cls(backbone, loss, args, transform, **({"dataset": dataset} if takes else {}))
+    if getattr(args, "compile", 0):
+        model.net.compile()  # in place: names, adapters and copies stay as they are
     return model.to(model.device)

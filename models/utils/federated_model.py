@@ -41,6 +41,7 @@ class FederatedModel(ContinualModel):
     """Base class; as it stands it is FedAvg (McMahan et al. 2017, Alg. 1) over ``trainable``."""
 
     COMPATIBILITY = ["class-il", "domain-il", "task-il"]
+    SCALES_LOSS = True
     PER_SAMPLE_LOSS = True  # whether ``local_loss`` gives a value for each sample
 
     # ---------------------------------------------------------------- what is trained, sent and averaged
@@ -181,7 +182,7 @@ class FederatedModel(ContinualModel):
     def masked_cross_entropy(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Cross-entropy (B,) over the current task's columns; gradients of all other columns are exactly zero."""
         start, end = self.n_past_classes, self.n_seen_classes
-        return F.cross_entropy(logits[:, start:end].float(), labels - start, reduction="none")
+        return F.cross_entropy(logits[:, start:end], labels - start, reduction="none")
 
     def load(self, message: Message) -> None:
         """Copy the broadcast into what this worker trains."""

@@ -36,6 +36,7 @@ class PrivateStateModel(FederatedModel):
     """FedAvg around a central method ``INNER``; made by :func:`federate`."""
 
     INNER: type[ContinualModel]
+    SCALES_LOSS = False
 
     def __init__(self, backbone, loss, args, transform, dataset=None) -> None:
         super().__init__(backbone, loss, args, transform, dataset)

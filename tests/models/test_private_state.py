@@ -12,6 +12,7 @@ from models.utils.continual_model import ContinualModel
 from models.utils.federated_model import FederatedModel
 from models.utils.private_state import federate
 from utils.buffer import Buffer
+from utils.errors import ClientError
 
 FAST = "--fl --num_clients 4 --num_comm_rounds 2 --n_epochs 1 --batch_size 16"
 
@@ -346,8 +347,11 @@ class Broken(Sgd):
 
 def test_errors_of_a_method_are_its_own(rig, method):
     method(Broken)
-    with pytest.raises(KeyError, match="mine"):
+    with pytest.raises(
+        ClientError, match=r"^client 0 failed in local_update \(task 0, round 0\): KeyError: 'mine'"
+    ) as e:
         rig(f"--model sgd {FAST}", rig.MLP).run()
+    assert isinstance(e.value.__cause__, KeyError) and "in observe" in e.value.trace
 
 
 def test_federate_leaves_federated_methods_alone():

@@ -1,9 +1,6 @@
-"""Runs driven from Python: what main.py builds, and a record of what crosses the wire."""
+"""Experiments driven from Python: what main.py builds, run whole or piece by piece."""
 
 import shlex
-from types import SimpleNamespace
-
-import pytest
 
 from datasets.utils.partition import Partition
 from federated.clients import Clients, Ledger
@@ -78,30 +75,3 @@ class Rig:
     def weights(self) -> dict:
         """Copies of the network's tensors."""
         return {n: t.clone() for n, t in self.model.net.state_dict().items()}
-
-
-@pytest.fixture
-def rig(tmp_path):
-    """``rig(flags)`` builds an experiment over the pocket transformer, ``rig(flags, MLP)`` over the perceptron."""
-
-    def make(flags: str, base: str = POCKET) -> Rig:
-        return Rig(f"{base} {flags}", tmp_path)
-
-    make.POCKET, make.MLP = POCKET, MLP
-    return make
-
-
-@pytest.fixture
-def wire(monkeypatch):
-    """Everything that crosses the wire from here on: call, task, round, client, message, reply."""
-    record, plain = [], SerialEngine.run
-
-    def run(self, call, message, ids, task, round_):
-        for client, reply in plain(self, call, message, ids, task, round_):
-            record.append(
-                SimpleNamespace(call=call, task=task, round=round_, client=client, message=message, reply=reply)
-            )
-            yield client, reply
-
-    monkeypatch.setattr(SerialEngine, "run", run)
-    return record
