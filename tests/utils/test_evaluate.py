@@ -1,0 +1,128 @@
+"""Accuracies, with and without remembered features, in every precision."""
+
+import shutil
+
+import pytest
+import torch
+from torch import nn
+
+from utils.evaluate import Features, evaluate
+
+FAST = "--fl --num_clients 3 --num_comm_rounds 1 --n_epochs 1 --batch_size 16 --debug_mode 1"
+HEAD = f"--model fedavg --tuning head {FAST}"
+
+
+@pytest.fixture
+def forwards(monkeypatch):
+    """How many batches have gone through the network."""
+    from backbones.vit import ViT
+
+    seen, plain = [], ViT._features
+    monkeypatch.setattr(ViT, "_features", lambda self, x: (seen.append(len(x)), plain(self, x))[1])
+    return seen
+
+
+def by_hand(model, dataset, task):
+    """Class-IL accuracy, image by image."""
+    right = []
+    for i in dataset.task_indices(task, train=False).tolist():
+        x = dataset.get_test_transform()(dataset.eval_images[i].float()[None] / 255)
+        right.append(int(model.net.eval()(x)[0, : model.n_seen_classes].argmax()) == int(dataset.eval_labels[i]))
+    return 100 * sum(right) / len(right)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_remembered_features_change_nothing(rig, forwards, precision):
+    r = rig(f"{HEAD} --pretrained 1 --precision {precision}").begin(0)
+    features, once = Features(), []
+    for task in (0, 1):
+        if task:
+            r.end(0).begin(1)
+        for round_ in range(2):
+            r.round(task, round_)
+            tasks = list(range(task + 1))
+            plain = evaluate(r.model, r.dataset, tasks)
+            before = len(forwards)
+            assert evaluate(r.model, r.dataset, tasks, features) == plain
+            once.append(len(forwards) - before)
+    assert once == [1, 0, 1, 0]  # a batch for each task's test set, the first time it is tested
+    if precision == "fp32":
+        assert plain[0] == pytest.approx([by_hand(r.model, r.dataset, t) for t in (0, 1)])
+
+
+def test_features_are_forgotten_when_the_body_changes(rig, forwards):
+    r = rig(HEAD).begin(0)
+    features = Features()
+
+    def fresh():
+        before = len(forwards)
+        evaluate(r.model, r.dataset, [0], features)
+        return len(forwards) > before
+
+    assert [fresh(), fresh()] == [True, False]
+    weight = r.model.net.blocks[1].mlp.fc1.weight
+    weight.data = weight.data.clone()
+    assert not fresh()  # another tensor with the same content
+    with torch.no_grad():
+        weight[0, 0] += 1e-3  # written in place
+    assert [fresh(), fresh()] == [True, False]
+    r.model.net.set_precision("bf16")
+    assert [fresh(), fresh()] == [True, False]
+    r.model.net.classifier.weight.data.zero_()
+    assert not fresh()
+
+
+@pytest.mark.parametrize("flags", [f"--model fedavg --tuning lora {FAST}", f"--model fedavg {FAST}"])
+def test_features_are_not_kept_where_they_may_change(rig, forwards, flags):
+    r = rig(flags).begin(0)
+    features = Features()
+    for n in (1, 2):
+        evaluate(r.model, r.dataset, [0], features)
+        assert len(forwards) == n and not features.kept
+
+
+def test_a_method_that_predicts_by_itself_is_asked(rig, monkeypatch):
+    r = rig(HEAD).begin(0)
+    assert Features().usable(r.model)
+    monkeypatch.setattr(type(r.model), "forward", lambda self, x: self.net(x), raising=False)
+    assert not Features().usable(r.model)
+
+
+@pytest.mark.parametrize(
+    "precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
+def test_what_precision_touches(rig, precision, dtype):
+    """Inside the network the chosen type, outside float32; weights keep theirs."""
+    net = rig(f"--model fedavg --tuning lora {FAST} --precision {precision}").model.net
+    inside = []
+    net.blocks[2].mlp.fc1.register_forward_hook(lambda m, a, out: inside.append(out.dtype))
+    logits, features = net(torch.randn(3, 1, 28, 28), returnt="both")
+    assert inside == [dtype] and logits.dtype == features.dtype == torch.float32
+    assert {p.dtype for p in net.parameters()} == {torch.float32}
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile on a CPU needs a C++ compiler")
+def test_compiled_is_the_same(rig):
+    flags = f"--model fedavg --lr 0.01 --optimizer sgd {FAST} --stop_after 1"
+    plain, compiled = rig(flags, rig.MLP).run(), rig(f"{flags} --compile", rig.MLP).run()
+    assert compiled.worker.net._compiled_call_impl is not None and plain.worker.net._compiled_call_impl is None
+    assert compiled.model.net.state_dict().keys() == plain.model.net.state_dict().keys()
+    for a, b in zip(plain.weights.values(), compiled.weights.values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def test_adapters_are_part_of_the_compiled_network(rig):
+    """Traced, not compiled, which takes a compiler most of a minute."""
+    worker = rig(f"--model fedavg --tuning lora {FAST}").begin(0).model
+    for _, _, _, B in worker.lora:
+        nn.init.normal_(B)
+    x = torch.randn(4, 1, 28, 28)
+    plain = worker.net(x)
+    worker.net.compile(backend="eager")
+    with_adapter = worker.net(x)
+    with worker.lora.disabled():
+        without = worker.net(x)
+    torch.testing.assert_close(with_adapter, plain)
+    assert (without - plain).abs().max() > 0.1
+    grads = torch.autograd.grad(worker.net(x).sum(), [p for *_, p in worker.lora])
+    assert all(g.abs().sum() > 0 for g in grads)
