@@ -273,15 +273,22 @@ class BatchedEngine(Engine):
         with stack.in_place(leaves), client_batch(sizes):
             each = self._per_sample(self.worker.local_loss(inputs, labels, clients), labels)
         losses = self._means(sizes, each.dtype) @ each
-        penalties = [self.worker.local_penalty({n: v[k] for n, v in leaves.items()}, c) for k, c in enumerate(clients)]
-        if penalties[0] is not None:
-            losses = losses + torch.stack(penalties)
-        if scalers[0].is_enabled():
-            total = sum(s.scale(loss) for s, loss in zip(scalers, losses.unbind()))
-        else:
-            total = losses.sum()
-        grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+        penalties = self._penalties(leaves, clients)
+        losses = losses if penalties is None else losses + penalties
+        grads = torch.autograd.grad(self._scaled(losses, scalers), list(leaves.values()), allow_unused=True)
         return losses.detach(), dict(zip(leaves, grads))
+
+    def _penalties(self, leaves: dict[str, Tensor], clients) -> Tensor | None:
+        """``local_penalty`` of each client on its slices, (K,)."""
+        each = [self.worker.local_penalty({n: v[k] for n, v in leaves.items()}, c) for k, c in enumerate(clients)]
+        return None if each[0] is None else torch.stack(each)
+
+    @staticmethod
+    def _scaled(losses: Tensor, scalers) -> Tensor:
+        """The sum of the losses, each at its client's loss scale."""
+        if not scalers[0].is_enabled():
+            return losses.sum()
+        return sum(scaler.scale(loss) for scaler, loss in zip(scalers, losses.unbind()))
 
     def _vmapped(self, stack, clients, sizes, inputs, labels, scalers) -> tuple[Tensor, dict[str, Tensor]]:
         """The same for networks that are trained themselves: one loss, mapped over the clients."""
@@ -297,15 +304,18 @@ class BatchedEngine(Engine):
             with stack.in_place(trained):
                 each = self._per_sample(self.worker.local_loss(x, y, clients), y)
             value = (each * w).sum()
-            penalty = self.worker.local_penalty(trained, clients)
-            value = value if penalty is None else value + penalty
             return value * scale, value
 
-        leaves = {n: v[: len(clients)] for n, v in stack.values.items()}
+        leaves = stack.leaves(len(clients))
         with plain_attention(self.worker.net):
             grads, losses = torch.func.vmap(torch.func.grad(loss, has_aux=True))(
-                leaves, inputs[rows], labels[rows], weights, scales
+                {n: v.detach() for n, v in leaves.items()}, inputs[rows], labels[rows], weights, scales
             )
+        penalties = self._penalties(leaves, clients)
+        if penalties is not None:
+            more = torch.autograd.grad(self._scaled(penalties, scalers), list(leaves.values()), allow_unused=True)
+            grads = {n: grads[n] if g is None else grads[n] + g for n, g in zip(leaves, more)}
+            losses = losses + penalties.detach()
         return losses.detach(), grads
 
     def _means(self, sizes: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -432,3 +432,17 @@ def test_stacked_linear_equals_a_loop():
     )
     with pytest.raises(ValueError, match="does not divide into 3 stacked clients"):
         linear(x, w)
+
+
+class Drift(FedAvg):
+    """A linear term that differs from client to client, as in SCAFFOLD."""
+
+    def local_penalty(self, trained, client):
+        return 0.1 * (client.id + 1) * sum(p.sum() for p in trained.values())
+
+
+@pytest.mark.parametrize("flags", [HEAD, FULL, f"{HEAD} --precision fp16"], ids=["head", "full", "fp16"])
+def test_a_penalty_of_each_client(rig, both, method, flags):
+    method(Drift)
+    serial, stacked = both(flags, rig.POCKET if "fp16" in flags else rig.MLP)
+    assert far(state(serial), state(stacked)) <= (1e-6 if "fp16" not in flags else 1e-4)
