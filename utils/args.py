@@ -21,6 +21,7 @@ from utils import binary_to_boolean_type
 from utils.errors import UserError, nearest
 from utils.registry import ROOT, find, normal, scan
 
+RAY_FLAGS = ("num_gpus", "workers", "ray_address", "allow_missing_clients")
 FEDERATED_FLAGS = (
     "num_clients",
     "num_comm_rounds",
@@ -32,10 +33,7 @@ FEDERATED_FLAGS = (
     "avg_type",
     "engine",
     "clients_per_batch",
-    "num_gpus",
-    "workers",
-    "ray_address",
-    "allow_missing_clients",
+    *RAY_FLAGS,
 )
 
 
@@ -433,6 +431,10 @@ def _check(args: Namespace, cls: type, data_cls: type) -> None:
         useless = [f"--{f}" for f in FEDERATED_FLAGS if f in args.given]
         if useless:
             raise UserError(f"{', '.join(useless)} only make sense with --fl: add --fl or drop them")
+    needs = {"clients_per_batch": ("batched", "ray"), **dict.fromkeys(RAY_FLAGS, ("ray",))}
+    for flag, engines in needs.items():
+        if flag in args.given and args.engine not in engines:
+            raise UserError(f"--{flag} needs --engine {' or '.join(engines)}, this run has --engine {args.engine}")
     compatibility = [normal(c) for c in getattr(cls, "COMPATIBILITY", [])]
     if normal(data_cls.SETTING) not in compatibility:
         raise UserError(

@@ -129,7 +129,10 @@ class BatchedEngine(Engine):
                 except ClientError as e:
                     if not isinstance(e.__cause__, torch.OutOfMemoryError) or len(some) == 1:
                         raise
+                    replies = None
+                if replies is None:  # only now has the exception let go of what it held
                     self.clients_per_batch = len(some) // 2
+                    self.say(f"engine batched: no memory for {len(some)} clients: going on with {len(some) // 2}")
                     torch.cuda.empty_cache()
                     continue
                 yield from replies

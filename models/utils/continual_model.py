@@ -165,11 +165,12 @@ class ContinualModel(nn.Module):
         name, lr, wd = self.args.optimizer.lower(), self.args.lr if lr is None else lr, self.args.optim_wd
         if name not in self.AVAIL_OPTIMS:
             raise UserError(f"--optimizer {name}: {self.NAME} supports {', '.join(self.AVAIL_OPTIMS)}")
+        options = {"lr": lr, "weight_decay": wd}
+        if self.device.type == "cuda":
+            options["fused"] = True  # one kernel for all tensors, and no waiting for the loss scale in float16
         if name == "sgd":
-            return torch.optim.SGD(
-                params, lr=lr, weight_decay=wd, momentum=self.args.optim_mom, nesterov=bool(self.args.optim_nesterov)
-            )
-        return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name](params, lr=lr, weight_decay=wd)
+            options |= {"momentum": self.args.optim_mom, "nesterov": bool(self.args.optim_nesterov)}
+        return {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name](params, **options)
 
     def get_scheduler(self, opt: torch.optim.Optimizer | None):
         """The learning-rate schedule by ``--lr_scheduler`` over the ``--n_epochs`` epochs to come, or None."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -48,6 +50,15 @@ def moved(a: dict, b: dict) -> bool:
     return any(not torch.equal(a[n], b[n]) for n in a.keys() & b.keys())
 
 
+def with_engine(flags: str, engine: str) -> str:
+    """The flags of a run on an engine; the size of the stack is none of the serial engine's."""
+    return (
+        re.sub(r"--clients_per_batch \d+", "", flags) + " --engine serial"
+        if engine == "serial"
+        else f"{flags} --engine batched"
+    )
+
+
 @pytest.fixture
 def both(rig):
     """``both(flags, base)``: the same run in turn and stacked; fails where nothing was stacked unless told."""
@@ -55,7 +66,7 @@ def both(rig):
     def go(flags: str, base: str = rig.MLP, stacked: bool = True, double: bool = False, **attributes):
         results = []
         for engine in ("serial", "batched"):
-            r = rig(f"{flags} --engine {engine}", base)
+            r = rig(with_engine(flags, engine), base)
             start = {n: t.clone() for n, t in state(r).items()}
             for name, value in attributes.items():
                 setattr(r.dataset, name, value)
@@ -156,8 +167,7 @@ def test_every_client_has_an_optimiser_of_its_own(both, tuning, optimiser):
 def test_replies_losses_and_bytes_are_the_same(rig, monkeypatch):
     replies = []
     for engine in ("serial", "batched"):
-        r = rig(f"{LORA} --engine {engine} --clients_per_batch 3", rig.POCKET)
-        r.args.clients_per_batch = 3
+        r = rig(with_engine(f"{LORA} --clients_per_batch 3", engine), rig.POCKET)
         seen = []
         with monkeypatch.context() as m:
             m.setattr(
@@ -390,7 +400,7 @@ def test_the_network_is_as_before(rig):
 
 @pytest.mark.parametrize("first, second", [("serial", "batched"), ("batched", "serial")])
 def test_a_run_goes_on_with_another_engine(tmp_path, first, second):
-    argv = [*small_args("dolfin", True), "--savecheck=task", "--loadcheck=auto", "--clients_per_batch=3"]
+    argv = [*small_args("dolfin", True), "--savecheck=task", "--loadcheck=auto"]
     assert run([*argv, "--stop_after=3", "--engine=serial"], tmp_path / "whole") == 0
     assert run([*argv, "--stop_after=1", f"--engine={first}"], tmp_path / "parts") == 0
     assert run([*argv, "--stop_after=3", f"--engine={second}"], tmp_path / "parts") == 0
