@@ -11,18 +11,38 @@ from utils.args import parse_args
 from utils.errors import ClientError, RunError, UserError
 
 
+def build_network(args, dataset):
+    """The network as it is before a method takes hold of it, on the CPU."""
+    from backbones import get_backbone
+    from utils.conf import set_random_seed
+
+    set_random_seed(args.seed, "backbone")
+    return get_backbone(args, dataset)
+
+
+def build_method(args, dataset, net):
+    """The method over a network. Whoever builds one, the server or a worker, makes the same draws."""
+    from models import get_model_class
+    from models.utils.continual_model import construct
+    from models.utils.private_state import federate
+    from utils.conf import set_random_seed
+
+    cls = get_model_class(args.model)
+    set_random_seed(args.seed, "model")
+    return construct(
+        federate(cls) if args.fl else cls, net, dataset.get_loss(), args, dataset.get_transform(), dataset
+    )
+
+
 def build(args):
     """The data set, the network, the method (the server's half under --fl) and, where it is federated, its worker."""
     import torch
 
-    from backbones import get_backbone
     from datasets import get_dataset
     from models import get_model_class
-    from models.utils.continual_model import construct
     from models.utils.federated_model import FederatedModel, share_backbone
-    from models.utils.private_state import federate
     from utils.checkpoints import fresh_copy
-    from utils.conf import get_device, set_random_seed
+    from utils.conf import get_device
 
     device = get_device(args.device)
     args.device = str(device)
@@ -30,20 +50,15 @@ def build(args):
         torch.set_num_threads(args.num_threads)
     dataset = get_dataset(args)
     dataset.to(device)
-    cls = get_model_class(args.model)
-    if args.fl:
-        cls = federate(cls)
-    elif issubclass(cls, FederatedModel):  # trained centrally: one client, one round
+    federated = issubclass(get_model_class(args.model), FederatedModel)
+    if federated and not args.fl:  # trained centrally: one client, one round
         args.num_clients = args.num_comm_rounds = 1
         args.participation_rate, args.partition_mode = 1.0, "iid"
-    set_random_seed(args.seed, "backbone")
-    net = get_backbone(args, dataset).to(device)
+    net = build_network(args, dataset).to(device)
     fresh_net = fresh_copy(net)
     worker_net = share_backbone(net)
-    loss, transform = dataset.get_loss(), dataset.get_transform()
-    set_random_seed(args.seed, "model")
-    model = construct(cls, net, loss, args, transform, dataset)
-    worker = construct(cls, worker_net, loss, args, transform, dataset) if issubclass(cls, FederatedModel) else None
+    model = build_method(args, dataset, net)
+    worker = build_method(args, dataset, worker_net) if federated or args.fl else None
     return dataset, model, worker, fresh_net
 
 

@@ -31,7 +31,8 @@ class Message(Mapping):
     """A flat mapping of names to tensors, ints, floats, bools or strings.
 
     Args:
-        entries: the contents. Tensors are passed by reference inside one process: receivers copy, never write.
+        entries: the contents. Tensors are passed by reference inside one process: receivers copy, never write. They
+            are made contiguous, since that is how they arrive elsewhere, and rounding may depend on the layout.
         keep: ``{name: version}`` for tensors that a client keeps once it has received them. They are sent, and
             counted, only to clients that do not hold that version yet; every client sees them in every message.
 
@@ -46,7 +47,7 @@ class Message(Mapping):
             if not isinstance(name, str) or name == "__metadata__":
                 raise TypeError(f"{name!r} cannot be the name of a message entry: give another string")
             if isinstance(value, torch.Tensor) and value.dtype in _DTYPES and value.layout is torch.strided:
-                self._entries[name] = value.detach()
+                self._entries[name] = value.detach().contiguous()
             elif not isinstance(value, (int, float, str, bool)):
                 odd = f"{value.dtype} {value.layout} " if isinstance(value, torch.Tensor) else ""
                 raise TypeError(
@@ -113,7 +114,7 @@ class Message(Mapping):
         """Serialise with safetensors; numbers travel in the header."""
         from safetensors.torch import save
 
-        tensors = {k: v.contiguous() for k, v in self.tensors().items()}
+        tensors = self.tensors()
         storages = {v.untyped_storage().data_ptr() for v in tensors.values() if v.numel()}
         if len(storages) < sum(v.numel() > 0 for v in tensors.values()):  # safetensors refuses shared storage
             tensors = {k: v.clone() for k, v in tensors.items()}
@@ -121,12 +122,13 @@ class Message(Mapping):
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Message:
-        """The inverse of :meth:`to_bytes`."""
+        """The inverse of :meth:`to_bytes`; every tensor has storage of its own, aligned as PyTorch aligns it."""
         from safetensors.torch import load
 
         length = int.from_bytes(data[:8], "little")
         metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
-        return cls({**load(data), **{k: json.loads(v) for k, v in metadata.items()}})
+        tensors = {k: v.clone() for k, v in load(data).items()}
+        return cls({**tensors, **{k: json.loads(v) for k, v in metadata.items()}})
 
 
 class Reply(Message):

@@ -22,6 +22,7 @@ its own (``FederatedModel.why_one_by_one``).
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -116,9 +117,7 @@ class BatchedEngine(Engine):
             waiting.sort(key=lambda i: (-len(self.partition.indices(task, i)), i))
             while waiting and self.in_turn is None:
                 if self.clients_per_batch is None:
-                    self.clients_per_batch = self._how_many(
-                        message, self.client(waiting[0], task, round_, call), len(waiting)
-                    )
+                    self.clients_per_batch = self._how_many(message, self.client(waiting[0], task, round_, call))
                 stacks = -(-len(waiting) // self.clients_per_batch)
                 some = waiting[: -(-len(waiting) // stacks)]  # of about the same size
                 try:
@@ -172,7 +171,7 @@ class BatchedEngine(Engine):
         self.in_turn = reason
         self.say(f"engine batched: {self.worker.NAME} trains its clients one at a time: {reason}")
 
-    def _how_many(self, message: Message, client: Client, most: int) -> int:
+    def _how_many(self, message: Message, client: Client) -> int:
         """Clients whose activations fit in 70 % of the free memory, from what one small batch keeps for its backward.
 
         Memory that runs out all the same halves the number (in :meth:`run`). On a CPU also no more than pay.
@@ -196,8 +195,7 @@ class BatchedEngine(Engine):
             loss = worker.local_loss(inputs, labels, client)
         del loss
         batch = min(self.args.batch_size, client.n_samples)
-        if device.type == "cpu":
-            most = min(most, max(CPU_SAMPLES // batch, 2))
+        most = max(CPU_SAMPLES // batch, 2) if device.type == "cpu" else sys.maxsize
         each = 1.5 * sum(seen.values()) / len(indices) * batch  # and as much again in half for the backward's own
         each += 4 * sum(p.numel() * p.element_size() for p in worker.trainable().values())
         return max(1, min(most, int(0.7 * free_memory(device) / each)))

@@ -352,18 +352,18 @@ def test_memory_for_one_client_is_an_error(rig, monkeypatch):
 
 
 def test_how_many_fit(rig, monkeypatch):
-    """From what a small batch keeps: twice the memory, twice the clients, never none and never more than there are."""
+    """From what a small batch keeps: twice the memory, twice the clients, and never none."""
     r = rig(f"{LORA} --engine batched --batch_size 2", rig.POCKET).begin(0)
     engine = BatchedEngine(r.worker, r.partition, {}, r.args)
     r.worker.enter_task(0)
     client = engine.client(0, 0, 0, "local_update")
 
-    def fit(free, most=1000):
+    def fit(free):
         monkeypatch.setattr(module, "free_memory", lambda device: free)
-        monkeypatch.setattr(module, "CPU_SAMPLES", 10**9)
-        return engine._how_many(r.model.broadcast(), client, most)
+        monkeypatch.setattr(module, "CPU_SAMPLES", 2 * 10**6)  # two a batch
+        return engine._how_many(r.model.broadcast(), client)
 
-    assert fit(1) == 1 and fit(10**15) == 1000
+    assert fit(1) == 1 and fit(10**15) == 10**6
     few, many = fit(2 * 10**8), fit(4 * 10**8)
     assert few >= 2 and abs(many - 2 * few) <= 1
     # one image keeps 4 blocks of activations of 17 tokens: between 1 and 20 float32 maps of 17 x 128 x 12 each

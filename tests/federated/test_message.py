@@ -84,6 +84,16 @@ def test_tensors_of_one_storage_can_be_sent():
     same(message, Message.from_bytes(message.to_bytes()))
 
 
+@pytest.mark.parametrize("entries", MESSAGES.values(), ids=MESSAGES)
+def test_a_layout_is_the_same_on_both_sides(entries):
+    """Kernels may round by strides and alignment: what arrives has those of a fresh tensor, what is sent the strides."""
+    sent = Message(entries)
+    arrived = Message.from_bytes(sent.to_bytes())
+    for name, t in sent.tensors().items():
+        assert t.is_contiguous() and arrived[name].stride() == t.stride()
+        assert arrived[name].data_ptr() % 64 == 0
+
+
 def test_payload_is_the_tensors_alone():
     assert Message({"a": torch.zeros(3, 5), "b": torch.zeros(2, dtype=torch.bool)}, n=1).payload_bytes == 62
 
