@@ -299,7 +299,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path, monkeypatch, capsys):
 def test_sigkill_at_a_random_moment(tmp_path, model, fl, size):
     argv = [*small_args(model, fl), size, "--savecheck=round", "--stop_after=3"]
     assert run(argv, tmp_path / "calm") == 0
-    moment = random.Random(model).uniform(0.1, 0.9) * float(
+    moment = random.Random(model).uniform(0.05, 0.5) * float(  # the first checkpoint may come late in a short run
         rows(only_folder(tmp_path / "calm") / "summary.csv")[0]["total_seconds"]
     )
     hard = tmp_path / "hard"

@@ -37,6 +37,7 @@ FIXED = set(vars(nn.Module())) | {
     "device",
     "client",
     "scaler",
+    "trained",
 }
 
 

@@ -225,7 +225,7 @@ class BatchedEngine(Engine):
                     worker.client = client
                     replies.append((client.id, worker.reply_of(client, loss)))
         finally:
-            worker.client = worker.opt = worker.scheduler = worker.scaler = None
+            worker.client = worker.trained = worker.opt = worker.scheduler = worker.scaler = None
         for client in clients:
             self.states[client.id] = client.state
         return replies

@@ -303,12 +303,12 @@ class RayEngine(Engine):
             ahead: a chunk is begun only if it is less than this far from the first one under way. It bounds what the
                 receiver must keep until it can go on in order.
         """
-        self.worker.enter_task(task)  # private states may refer to what the method puts into its network then
+        self.worker.enter_task(task)  # states may refer to what a task puts into the network
         ray, key = self.ray, next(self._calls)
         sent = [ray.put(pack(message, self.worker.device))]
         waiting, busy = deque(jobs), {w.starting: (w, None) for w in self.workers if w.starting is not None}
-        idle = [w for w in self.workers if w.starting is None]
-        while waiting or any(job is not None for _, job in busy.values()):
+        idle, arrived = [w for w in self.workers if w.starting is None], None
+        while waiting or arrived or any(job is not None for _, job in busy.values()):
             while idle and waiting:
                 first = min((job.part for _, job in busy.values() if job is not None), default=waiting[0].part)
                 if waiting[0].part >= first + ahead:
@@ -316,6 +316,10 @@ class RayEngine(Engine):
                 worker, job = idle.pop(), waiting.popleft()
                 clients = [(i, self.partition.indices(task, i).numpy(), self._leaving(i)) for i in job.ids]
                 busy[worker.actor.work.remote(job, call, key, sent, clients, task, round_)] = worker, job
+            if arrived:  # only now, so that its worker need not wait for the next job
+                yield arrived[0], self._received(*arrived)
+                arrived = None
+                continue
             ref = self._first(list(busy))
             worker, job = busy.pop(ref)
             if job is None:
@@ -339,7 +343,7 @@ class RayEngine(Engine):
             idle.append(worker)
             for line in done.said:
                 self._tell(line)
-            yield job, self._received(job, done)
+            arrived = job, done
 
     def _leaving(self, i: int) -> tuple | None:
         return pack_state(self.states.get(i, {}), self.worker.net)

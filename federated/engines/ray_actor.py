@@ -160,7 +160,7 @@ class Actor:
             set_random_seed(self.args.seed, "worker", task)  # a worker that starts late makes the same draws
             while self.dataset.c_task < task:
                 self.dataset.get_data_loaders()
-            self.worker.enter_task(task)
+            self.worker.enter_task(task)  # before the states, which may refer to what a task puts into the network
             states = self.engine.states
             states.clear()
             for i, indices, state in clients:

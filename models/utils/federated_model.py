@@ -52,9 +52,12 @@ class FederatedModel(ContinualModel):
 
     def shared_buffers(self) -> dict[str, torch.Tensor]:
         """Floating-point buffers that are averaged with the weights: the running statistics of BatchNorm."""
-        if not any(p.requires_grad for p in self.net.parameters()):
+        if not hasattr(self, "_own_running"):  # walking a large network takes longer than a small client's step
+            named = self.net.named_buffers()
+            self._own_running = [n for n, b in named if b.is_floating_point() and "running_" in n]
+        if not self._own_running or not any(p.requires_grad for p in self.net.parameters()):
             return {}
-        return {name: b for name, b in self.net.named_buffers() if b.is_floating_point() and "running_" in name}
+        return {name: self.net.get_buffer(name) for name in self._own_running}
 
     def get_parameters(self) -> Iterable[nn.Parameter]:
         return list(self.trainable().values())
@@ -114,10 +117,13 @@ class FederatedModel(ContinualModel):
 
     def start_training(self) -> None:
         """A fresh optimiser, schedule and loss scaling for one client's turn; the network in training mode."""
+        self.trained = self.trainable()
         self.opt = self.get_optimizer()
         self.scheduler = self.get_scheduler(self.opt)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.args.precision == "fp16")
-        self.net.train(any(p.requires_grad for p in self.net.parameters()))  # a frozen network keeps its statistics
+        learns = any(p.requires_grad for p in self.net.parameters())  # a frozen network keeps its statistics
+        if self.net.training != learns:
+            self.net.train(learns)
 
     def reply_of(self, client, loss: float) -> Message:
         """``after_local`` with the mean training loss."""
@@ -127,7 +133,7 @@ class FederatedModel(ContinualModel):
     def observe(self, inputs, labels, not_aug_inputs, epoch=None) -> torch.Tensor:
         """One step: zero_grad, ``local_loss``, backward, step. Returns the loss, detached and not yet on the host."""
         self.opt.zero_grad()
-        client, trained = getattr(self, "client", None), self.trainable()
+        client, trained = self.client, self.trained
         loss = self.local_loss(inputs, labels, client).mean()
         penalty = self.local_penalty(trained, client)
         if penalty is not None:

@@ -10,9 +10,11 @@ most 1e-3, or 0.1 in half precision, where the order of additions shows).
     cuda     ViT-B/16 at 224 pixels with LoRA of rank 16 on qkv, 10 clients with batches of 16, in bf16 and in fp32
 
 Images are random bytes put where the data set looks for its arrays, and weights are random: nothing is downloaded. Time
-is that of ``server.round``: messages, batches (with CIFAR's enlargement and augmentation), training, mean. Peak memory
-is that of a round of its own: allocated on the GPU, resident in this process on a CPU (with interpreter and libraries;
-Linux only). Not measured: building, evaluation, statistics before the rounds, files, transfers between machines.
+is that of ``server.round``: messages, batches (with CIFAR's enlargement and augmentation), training, mean. Minimum and
+median are over ``--repeats``; speed-ups are ratios of minima and medians of the ratios turn by turn, and ``cpu_saving``
+is the same for the CPU time of all threads, which other load disturbs less. Peak memory is that of a round of its own:
+allocated on the GPU, resident in this process on a CPU (with interpreter and libraries; Linux only). Not measured:
+building, evaluation, statistics before the rounds, files, transfers between machines.
 
 Model-FLOPs utilisation (GPU only): FLOPs of the frozen network's forward pass as ``torch.utils.flop_counter`` counts
 them (a multiply-add is two), times the passes that training needs - 2 with LoRA on frozen weights: one forward, one
@@ -139,10 +141,13 @@ def measure(name: str, options) -> list[dict]:
         differs = proof(experiment, sides)
         rounds = {side: lambda r, engine=engine: experiment.round(engine, r) for side, engine in sides.items()}
         memory = {side: peak_memory(run, options.device) for side, run in rounds.items()}  # warms up, too
-        times = {s: t["wall"] for s, t in common.in_turns(rounds, options.repeats, device=options.device).items()}
-        for side, wall in times.items():
-            low, mid = common.low_and_mid([t / len(experiment.sizes) for t in wall], 1e3)
-            speedup = common.ratios(times["serial"], wall)
+        times = common.in_turns(rounds, options.repeats, device=options.device)
+        for side, t in times.items():
+            wall, n = t["wall"], len(experiment.sizes)
+            low, mid = common.low_and_mid(wall, 1e3 / n)
+            cpu = common.low_and_mid(t["cpu"], 1e3 / n)
+            speedup = common.ratios(times["serial"]["wall"], wall)
+            saving = common.ratios(times["serial"]["cpu"], t["cpu"])
             done = passes * flops * images / min(wall)
             engine = sides[side]
             rows.append(
@@ -154,7 +159,7 @@ def measure(name: str, options) -> list[dict]:
                     "threads": threads,
                     "side": side,
                     "stacked": getattr(engine, "clients_per_batch", 1) if not getattr(engine, "in_turn", None) else 1,
-                    "clients": len(experiment.sizes),
+                    "clients": n,
                     "batch_size": args.batch_size,
                     "n_epochs": args.n_epochs,
                     "images_per_round": images,
@@ -164,6 +169,10 @@ def measure(name: str, options) -> list[dict]:
                     "images_per_s": round(images / min(wall), 1),
                     "speedup_min": speedup[0],
                     "speedup_median": speedup[1],
+                    "cpu_min_ms": cpu[0],
+                    "cpu_median_ms": cpu[1],
+                    "cpu_saving_min": saving[0],
+                    "cpu_saving_median": saving[1],
                     "peak_memory_mb": None if memory[side] is None else round(memory[side], 1),
                     "forward_gflops": round(flops / 1e9, 4),
                     "passes": passes,
@@ -192,7 +201,7 @@ def show(row: dict) -> None:
 
 
 def main() -> None:
-    parser = common.standard_options(__doc__, repeats=5)
+    parser = common.standard_options(__doc__, repeats=7)
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), help="default: those of the device")
     parser.add_argument("--clients_per_batch", nargs="+", default=["2", "5", "10", "auto"], help="numbers, or auto")

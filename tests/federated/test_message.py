@@ -86,7 +86,7 @@ def test_tensors_of_one_storage_can_be_sent():
 
 @pytest.mark.parametrize("entries", MESSAGES.values(), ids=MESSAGES)
 def test_a_layout_is_the_same_on_both_sides(entries):
-    """Kernels may round by strides and alignment: what arrives has those of a fresh tensor, what is sent the strides."""
+    """Kernels may round by strides and alignment: what arrives has those of a fresh tensor."""
     sent = Message(entries)
     arrived = Message.from_bytes(sent.to_bytes())
     for name, t in sent.tensors().items():

@@ -68,7 +68,7 @@ class Fragile(FedAvg):
             return {{}}["what it looks for"]
         if client.id == 2 and "user" in message:
             raise UserError("--lr is too blue")
-        return super().local_update(message, client)
+        return Message(super().local_update(message, client), first=self.dataset.get_offsets()[0])
 
     def count(self, message, client):
         if client.id == 1 and "killer" in message:
@@ -443,7 +443,7 @@ def stage(monkeypatch):
     exceptions = ray.exceptions
 
     def make(rng, workers: int, deaths: Counter, allow: int = 1):
-        log = SimpleNamespace(begun=[], open=[], most=0, said=[], reducing=False)
+        log = SimpleNamespace(begun=[], open=[], most=0, said=[], reducing=False, started=1, slow=0)
 
         class Handle:
             def __init__(self) -> None:
@@ -452,7 +452,7 @@ def stage(monkeypatch):
                 actor.dataset, actor.worker, actor.partition, actor.said = Stub().dataset, Stub(), Indices(), []
                 actor.engine = SerialEngine(actor.worker, actor.partition, {}, args)
                 actor.fresh_net = None
-                self.start = SimpleNamespace(remote=lambda *a: Ref(lambda: 1))
+                self.start = SimpleNamespace(remote=lambda *a: Ref(lambda: log.started))
                 self.work = SimpleNamespace(remote=self.begin)
 
             def begin(self, job, *rest):
@@ -473,6 +473,9 @@ def stage(monkeypatch):
                 return Ref(outcome, job)
 
         def wait(refs, **_):
+            log.slow -= 1
+            if log.slow >= 0:
+                return [], refs
             chosen = rng.choice(refs)
             return [chosen], [r for r in refs if r is not chosen]
 
@@ -550,6 +553,22 @@ def test_who_is_blamed(stage):
     engine, *_ = stage(random.Random(0), 2, Counter({3: MAX_TRIES}), allow=0)
     with pytest.raises(RunError, match=r"^client 3 is lost in count \(task 0, round 0\): its worker died 3 times"):
         dict(engine.run("count", Message(m=0), [2, 3], 0, 0))
+
+
+def test_a_worker_that_cannot_be_replaced_ends_the_run(stage):
+    engine, *_, log = stage(random.Random(0), 1, Counter({3: 1}))
+    log.started = ClientError("a worker of Ray could not start: OSError: no space", "trace")
+    with pytest.raises(ClientError, match="no space"):
+        dict(engine.run("count", Message(m=0), [3], 0, 0))
+
+
+def test_waiting_for_workers_is_announced_once(stage):
+    engine, *_, log = stage(random.Random(0), 1, Counter({3: 2}))
+    log.slow = 2  # while a client is at work: that may take as long as it likes
+    assert not log.said and dict(engine.run("count", Message(m=0), [2], 0, 0)) and not log.said
+    calls, engine._after_death = engine._after_death, lambda *a: (setattr(log, "slow", 2), calls(*a))[1]
+    dict(engine.run("count", Message(m=0), [3], 0, 0))
+    assert sum("waiting for 1 workers; is the cluster busy?" in line for line in log.said) == 1
 
 
 def test_large_clients_go_first(stage):
