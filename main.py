@@ -29,9 +29,7 @@ def build_method(args, dataset, net):
 
     cls = get_model_class(args.model)
     set_random_seed(args.seed, "model")
-    return construct(
-        federate(cls) if args.fl else cls, net, dataset.get_loss(), args, dataset.get_transform(), dataset
-    )
+    return construct(federate(cls) if args.fl else cls, net, dataset.get_loss(), args, dataset.get_transform(), dataset)
 
 
 def build(args):

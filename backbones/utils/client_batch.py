@@ -2,8 +2,8 @@
 
 Everything frozen sees one large batch; only what clients train is applied client by client: a tensor with a leading
 client dimension K meets the K runs of samples it belongs to. Adapters, prompts and head rows are built on the two
-functions here, so they work for one client and for many, and say so with a class attribute ``STACKS = True``. How many samples each client has is said by
-:func:`client_batch`; outside of it the batch is divided into K equal parts.
+functions here, so they work for one client and for many, and say so with a class attribute ``STACKS = True``. How many
+samples each client has is said by :func:`client_batch`; outside of it the batch is divided into K equal parts.
 """
 
 from __future__ import annotations

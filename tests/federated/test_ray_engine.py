@@ -86,7 +86,7 @@ class Keeper(Sgd):
         super().__init__(backbone, loss, args, transform, dataset)
         self.teacher = None
         self.buffer = Buffer(20)
-        self.trained = list(self.net.parameters())
+        self.weights = list(self.net.parameters())
         self.layer = nn.Linear(3, 2)
         self.memory = {{}}
 
@@ -96,11 +96,11 @@ class Keeper(Sgd):
         loss = self.loss(outputs, labels)
         if self.teacher is not None:
             loss = loss + (outputs - self.teacher(inputs)).square().mean()
-        loss = loss + sum(p.square().sum() for p in self.trained) * 1e-4 + self.layer.weight.sum() * 0
+        loss = loss + sum(p.square().sum() for p in self.weights) * 1e-4 + self.layer.weight.sum() * 0
         loss.backward()
         self.opt.step()
         self.buffer.add_data(examples=not_aug_inputs, labels=labels)
-        self.memory[self.current_task, "half"] = self.trained[0].detach()[:1].bfloat16()
+        self.memory[self.current_task, "half"] = self.weights[0].detach()[:1].bfloat16()
         with torch.no_grad():
             self.layer.weight += 1
         return loss.detach()
