@@ -8,6 +8,7 @@ import torch
 
 from federated.engines.base import LOST, checked, chunks, in_order
 from federated.message import Message, Reply
+from utils.conf import set_random_seed
 from utils.errors import RunError
 
 COLUMNS = ("task", "round", "client", "call", "uplink_bytes", "downlink_bytes")
@@ -77,6 +78,11 @@ class Ledger:
         self.uplink, self.downlink = state["uplink"], state["downlink"]
 
 
+def _draw_seed() -> int:
+    """What the server's global generators go on from after a call, wherever clients have drawn from them meanwhile."""
+    return int(torch.randint(2**62, ()))
+
+
 class Clients:
     """Clients that take part in a phase.
 
@@ -117,7 +123,7 @@ class Clients:
             RunError: a reply with a value that is not finite (named by client and tensor), or no reply at all.
         """
         sizes: dict[tuple, int] = {}
-        replies = []
+        replies, server = [], _draw_seed()
         done = self._engine.run(call, message, self.ids, self._task, self._round)
         for client, answer in in_order(self._watched(done, len(self.ids), call), self.ids):
             if answer is LOST:
@@ -126,6 +132,7 @@ class Clients:
             down = self._ledger.down(client, message, sizes)
             self._ledger.add(self._task, self._round, client, call, reply.nbytes, down)
             replies.append(reply)
+        set_random_seed(server)
         if self.ids and not replies:
             raise RunError(f"no client is left {self._where(call)}")
         return replies
@@ -141,7 +148,7 @@ class Clients:
         """
         sizes: dict[tuple, int] = {}
         total: dict = {}
-        n, answered = len(chunks(self.ids)), 0
+        n, answered, server = len(chunks(self.ids)), 0, _draw_seed()
         done = self._engine.reduce(call, message, self.ids, self._task, self._round)
         for _, partial in in_order(self._watched(done, n, call), list(range(n))):
             for client, uplink in partial.sizes.items():
@@ -150,6 +157,7 @@ class Clients:
             for name, value in partial.total.items():
                 total[name] = total[name] + value if name in total else value
             answered += len(partial.sizes)
+        set_random_seed(server)
         if self.ids and not answered:
             raise RunError(f"no client is left {self._where(call)}")
         return Message(total)

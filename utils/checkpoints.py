@@ -36,8 +36,6 @@ FIXED = set(vars(nn.Module())) | {
     "scheduler",
     "device",
     "client",
-    "scaler",
-    "trained",
 }
 
 
@@ -250,7 +248,7 @@ class Reader:
 
     def module(self, spec, fresh, path):
         if fresh is None:
-            fresh = self.fresh_net() if self.fresh_net is not None else None
+            fresh = self.fresh_net().to(self.device) if self.fresh_net is not None else None
             self.require(fresh, spec, path, "module ")
         targets = dict(fresh.state_dict(keep_vars=True))
         if set(targets) != set(spec["module"]):

@@ -217,7 +217,7 @@ class BatchedEngine(Engine):
                     worker.client = client
                     worker.start_training()
                     worker.before_local(message, client)
-                    learners.append((worker.opt, worker.scheduler, worker.scaler))
+                    learners.append((worker.opt, worker.scheduler, worker._own_scaler))
             with self._blaming(*clients):
                 losses = self._train(stack, clients, learners).tolist()
             for client, own, loss in zip(clients, stack.of, losses):
@@ -225,7 +225,7 @@ class BatchedEngine(Engine):
                     worker.client = client
                     replies.append((client.id, worker.reply_of(client, loss)))
         finally:
-            worker.client = worker.trained = worker.opt = worker.scheduler = worker.scaler = None
+            worker.client = worker.opt = worker.scheduler = worker._own_trained = worker._own_scaler = None
         for client in clients:
             self.states[client.id] = client.state
         return replies

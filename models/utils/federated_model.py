@@ -117,10 +117,10 @@ class FederatedModel(ContinualModel):
 
     def start_training(self) -> None:
         """A fresh optimiser, schedule and loss scaling for one client's turn; the network in training mode."""
-        self.trained = self.trainable()
+        self._own_trained = self.trainable()  # _own: no state of the method, never saved
         self.opt = self.get_optimizer()
         self.scheduler = self.get_scheduler(self.opt)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.args.precision == "fp16")
+        self._own_scaler = torch.amp.GradScaler(self.device.type, enabled=self.args.precision == "fp16")
         learns = any(p.requires_grad for p in self.net.parameters())  # a frozen network keeps its statistics
         if self.net.training != learns:
             self.net.train(learns)
@@ -133,13 +133,13 @@ class FederatedModel(ContinualModel):
     def observe(self, inputs, labels, not_aug_inputs, epoch=None) -> torch.Tensor:
         """One step: zero_grad, ``local_loss``, backward, step. Returns the loss, detached and not yet on the host."""
         self.opt.zero_grad()
-        client, trained = self.client, self.trained
+        client, trained = self.client, self._own_trained
         loss = self.local_loss(inputs, labels, client).mean()
         penalty = self.local_penalty(trained, client)
         if penalty is not None:
             loss = loss + penalty
-        self.scaler.scale(loss).backward()
-        self.descend(trained, client, self.opt, self.scaler)
+        self._own_scaler.scale(loss).backward()
+        self.descend(trained, client, self.opt, self._own_scaler)
         return loss.detach()
 
     def descend(self, trained: dict[str, torch.Tensor], client, opt, scaler) -> None:

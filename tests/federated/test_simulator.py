@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from argparse import Namespace
 from collections import Counter, defaultdict
 from functools import reduce
 
+import numpy as np
 import pytest
 import torch
 
@@ -143,6 +145,21 @@ def test_updates_that_are_not_finite_are_refused(verb, bad):
     ledger = Ledger()
     with pytest.raises(RunError, match=r"^client 7 sent a non-finite 'blocks.1.B' \(task 2, round 5, f\)"):
         getattr(clients(answer, ledger=ledger), verb)("f", Message())
+
+
+@pytest.mark.parametrize("verb", ["call", "sum"])
+def test_what_the_server_draws_does_not_depend_on_the_engine(verb):
+    """Clients draw from the global generators of whichever process they are in."""
+
+    def draws(of_a_client):
+        torch.manual_seed(5)
+        getattr(clients(lambda i: torch.rand(of_a_client) is None or Message(i=i)), verb)("f", Message())
+        return torch.rand(3).tolist(), random.random(), np.random.rand()
+
+    assert draws(0) == draws(1) == draws(7)
+    torch.manual_seed(6)
+    clients(lambda i: Message(i=i)).call("f", Message())
+    assert torch.rand(3).tolist() != draws(0)[0]
 
 
 def test_an_engine_that_loses_a_client_is_noticed():
