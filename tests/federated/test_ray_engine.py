@@ -292,7 +292,7 @@ def test_workers_may_stack_clients(tmp_path, pooled, monkeypatch):
 
 
 @pytest.mark.parametrize("first, then", [("serial", ON_RAY), (ON_RAY, "serial")], ids=["to ray", "from ray"])
-@pytest.mark.parametrize("model", [KEEPER, "ffa_lora"])
+@pytest.mark.parametrize("model", [KEEPER, "ffa_lora"], ids=["keeper", "ffa_lora"])
 def test_a_run_may_change_its_engine(tmp_path, pooled, model, first, then):
     base = MLP if model == KEEPER else POCKET
     flags = f"{base} --model {model} --num_clients 3 --participation_rate 0.7 {SHORT} --stop_after 3".split()
