@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import models
 from federated.engines.serial import SerialEngine
 from tests.rig import MLP, POCKET, Rig
 
@@ -46,3 +47,14 @@ def wire(monkeypatch):
 
     monkeypatch.setattr(SerialEngine, "run", run)
     return record
+
+
+@pytest.fixture
+def method(monkeypatch):
+    """``method(cls)`` makes whatever ``--model`` names mean a class of the test."""
+
+    def use(cls):
+        monkeypatch.setattr(models, "get_model_class", lambda name: cls)
+        return cls
+
+    return use

@@ -28,7 +28,7 @@ Targets, for the medians: at most 2 ms of CPU per client-round for the engines i
 ``import torch``.
 
     python scripts/bench/overhead.py --out overhead.csv
-    python scripts/bench/overhead.py --flower_python /tmp/flower/bin/python --out overhead.csv
+    python scripts/bench/overhead.py --flower_python ../flower/bin/python --out overhead.csv
 """
 
 import copy

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import models
 from datasets.utils.transforms import (
     Compose,
     Normalize,
@@ -97,17 +96,6 @@ def count(monkeypatch):
         return plain(self, message, ids, *rest)
 
     monkeypatch.setattr(BatchedEngine, "_together", spy)
-
-
-@pytest.fixture
-def method(monkeypatch):
-    """``method(cls)`` makes ``--model fedavg`` mean a class of the test."""
-
-    def use(cls):
-        monkeypatch.setattr(models, "get_model_class", lambda name: cls)
-        return cls
-
-    return use
 
 
 # ---- the same numbers

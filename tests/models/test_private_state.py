@@ -5,7 +5,6 @@ import pytest
 import torch
 from torch import nn
 
-import models
 from models.fedavg import FedAvg
 from models.sgd import Sgd
 from models.utils.continual_model import ContinualModel
@@ -15,17 +14,6 @@ from utils.buffer import Buffer
 from utils.errors import ClientError
 
 FAST = "--fl --num_clients 4 --num_comm_rounds 2 --n_epochs 1 --batch_size 16"
-
-
-@pytest.fixture
-def method(monkeypatch):
-    """``method(cls)`` makes ``--model sgd`` mean a class of the test."""
-
-    def use(cls):
-        monkeypatch.setattr(models, "get_model_class", lambda name: cls)
-        return cls
-
-    return use
 
 
 def images_of(r, client, tasks):
