@@ -134,6 +134,10 @@ class Engine:
     def close(self) -> None:
         """Give back what the engine holds (processes)."""
 
+    def largest_first(self, ids: Iterable[int], task: int) -> list[int]:
+        """The clients by falling number of samples of a task, then by number."""
+        return sorted(ids, key=lambda i: (-len(self.partition.indices(task, i)), i))
+
     # ---- for engines that run client code in this process
 
     def client(self, i: int, task: int, round_: int, call: str) -> Client:

@@ -114,7 +114,7 @@ class BatchedEngine(Engine):
         self.worker.enter_task(task)
         waiting = list(ids)
         if call == STACKED and self._stacks():
-            waiting.sort(key=lambda i: (-len(self.partition.indices(task, i)), i))
+            waiting = self.largest_first(waiting, task)
             while waiting and self.in_turn is None:
                 if self.clients_per_batch is None:
                     self.clients_per_batch = self._how_many(message, self.client(waiting[0], task, round_, call))

@@ -267,7 +267,7 @@ class RayEngine(Engine):
         self, call: str, message: Message, ids: Iterable[int], task: int, round_: int
     ) -> Iterator[tuple[int, Message | None | Lost]]:
         """Yield (client id, reply) as they come in. Large clients go first, so that none is waited for at the end."""
-        ids = sorted(ids, key=lambda i: (-len(self.partition.indices(task, i)), i))
+        ids = self.largest_first(ids, task)
         n = len(self.workers)
         if self.args.clients_per_batch is not None and call == STACKED:
             size = min(self.args.clients_per_batch, -(-len(ids) // n))
