@@ -42,11 +42,21 @@ class Client:
             device=self._device,
         )
 
-    def stat_loader(self, augment: bool = False, batch_size: int = 256):
-        """Batches for a pass over the data without learning; (inputs, labels) without augmentation unless asked."""
+    def stat_loader(self, augment: bool = False, batch_size: int = 256, raw: bool = False):
+        """Batches (inputs, labels) for a pass over the data without learning.
+
+        Args:
+            augment: shuffled and augmented as in training; otherwise in order, with the test transform.
+            raw: the stored images in [0, 1], neither augmented nor normalised.
+        """
         if augment:
             return ((x, y) for x, y, *_ in self.train_loader(batch_size))
-        return self.dataset.loader(self.indices, self.task, batch_size, train=False, split="train", device=self._device)
+        loader = self.dataset.loader(
+            self.indices, self.task, batch_size, train=False, split="train", device=self._device
+        )
+        if raw:
+            loader.dataset.transform = lambda images: images
+        return loader
 
     @property
     def _device(self):

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch.func import functional_call, grad_and_value, vmap
+from torch.func import functional_call
 
 from models.utils.continual_model import ContinualModel
+from models.utils.fisher import chunk_size, fisher_diagonal
 from utils.args import number
-
-PER_SAMPLE_FLOATS = 100_000_000  # room for the per-sample gradients of one chunk
 
 
 class EwcOn(ContinualModel):
@@ -60,18 +59,16 @@ class EwcOn(ContinualModel):
         """mean_x p(y|x) (grad log p(y|x))^2 over the samples of ``view``, without augmentation."""
         training = self.net.training
         self.net.eval()
-        params = {n: p.detach() for n, p in self.net.named_parameters() if p.requires_grad}
-        total = {n: torch.zeros_like(p) for n, p in params.items()}
+        params = {n: p for n, p in self.net.named_parameters() if p.requires_grad}
 
         def log_likelihood(params, x, y):
-            return -F.cross_entropy(functional_call(self.net, params, (x[None],)), y[None])
+            return -F.cross_entropy(functional_call(self.net, params, (x,)), y)
 
-        per_sample = vmap(grad_and_value(log_likelihood), in_dims=(None, 0, 0), randomness="same")
-        chunk = max(1, min(64, PER_SAMPLE_FLOATS // max(1, sum(p.numel() for p in params.values()))))
-        for start in range(0, len(view), chunk):
-            _, labels, not_aug_inputs, *_ = view.batch(torch.arange(start, min(start + chunk, len(view))))
-            grads, logp = per_sample(params, self.normalization_transform(not_aug_inputs), labels)
-            for name, g in grads.items():
-                total[name] += torch.einsum("b,b...->...", logp.exp(), g.square())
+        def batches():
+            for positions in torch.arange(len(view)).split(chunk_size(params)):
+                _, labels, not_aug_inputs, *_ = view.batch(positions)
+                yield self.normalization_transform(not_aug_inputs), labels
+
+        total = fisher_diagonal(log_likelihood, params, batches())
         self.net.train(training)
         return {n: t / len(view) for n, t in total.items()}

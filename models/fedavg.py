@@ -16,13 +16,13 @@ from utils.args import number
 from utils.errors import UserError
 
 
-def add_lora_args(parser, r: int, targets: str) -> None:
+def add_lora_args(parser, r: int, *targets: str) -> None:
     """The flags of methods that train LoRA."""
-    parser.add_argument("--lora_r", "--rank", type=number(int, 1), default=r, help="rank of the adapters")
+    parser.add_argument("--lora_r", "--rank", "--r", type=number(int, 1), default=r, help="rank of the adapters")
     parser.add_argument(
         "--lora_targets",
         nargs="+",
-        default=[targets],
+        default=list(targets),
         help="linear layers to adapt, by the end of their name; :q,k,v picks slices of a fused layer",
     )
     parser.add_argument(

@@ -302,7 +302,14 @@ def model_config(model: str, dataset: str, name: str, fl: bool) -> dict:
         if name not in data:
             have = ", ".join(["default", *[k for k in data if k != "default"]])
             raise UserError(f"--model_config {name!r}: {file.name} has no such section: choose from {have}")
-        settings.update(_pick(data[name] or {}, dataset, fl))
+        section = data[name] or {}
+        covered = [k for k, v in section.items() if isinstance(v, dict) and k not in ("fl", "central")]
+        if name.startswith("paper") and covered and normal(dataset) not in map(normal, covered):
+            raise UserError(
+                f"--model_config {name}: {file.name} has no published settings for {dataset!r} in that section, "
+                f"only for {', '.join(covered)}"
+            )
+        settings.update(_pick(section, dataset, fl))
     return settings
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -46,6 +47,19 @@ def fit_size(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     if tuple(x.shape[-2:]) == tuple(size):
         return x
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False, antialias=True)
+
+
+@contextmanager
+def plain_attention(net: nn.Module) -> Iterator[None]:
+    """timm's attention as plain products within the block: vmap has no rule for the fused kernel and loops instead."""
+    fused = [m for m in net.modules() if getattr(m, "fused_attn", False) is True]
+    for module in fused:
+        module.fused_attn = False
+    try:
+        yield
+    finally:
+        for module in fused:
+            module.fused_attn = True
 
 
 class Backbone(nn.Module):

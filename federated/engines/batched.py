@@ -24,16 +24,18 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 
+from backbones.utils.base import plain_attention
 from backbones.utils.client_batch import client_batch
 from datasets.utils.transforms import send
 from federated.client import Client
 from federated.engines.base import Engine, blaming
 from federated.message import Message
+from models.utils.federated_model import in_place
 from utils.errors import ClientError, RunError
 
 STACKED = "local_update"  # the one client half that trains
@@ -48,8 +50,7 @@ class Stack:
     """
 
     def __init__(self, worker, clients: int) -> None:
-        trained = worker.trainable()
-        self.places = places_of(worker, trained)
+        trained, self.places = worker.trainable(), worker.places()
         self.values = {n: p.detach().expand(clients, *p.shape).clone() for n, p in trained.items()}
         self.of = [{n: nn.Parameter(v[k]) for n, v in self.values.items()} for k in range(clients)]
 
@@ -57,28 +58,9 @@ class Stack:
         """The slices of the first ``clients`` clients, to differentiate by."""
         return {n: v[:clients].detach().requires_grad_() for n, v in self.values.items()}
 
-    @contextmanager
-    def in_place(self, tensors: dict[str, Tensor]) -> Iterator[None]:
+    def in_place(self, tensors: dict[str, Tensor]) -> AbstractContextManager[None]:
         """Within the block, the worker's modules hold ``tensors`` in place of what it trains."""
-        before = {n: module._parameters[key] for n, (module, key) in self.places.items()}
-        try:
-            for n, (module, key) in self.places.items():
-                module._parameters[key] = tensors[n]
-            yield
-        finally:
-            for n, (module, key) in self.places.items():
-                module._parameters[key] = before[n]
-
-
-def places_of(worker, trained: dict[str, nn.Parameter]) -> dict[str, tuple[nn.Module, str]]:
-    """{name: (module, name within it)} of the tensors that a worker trains; those of no module are missing."""
-    names = {id(p): n for n, p in trained.items()}
-    places = {}
-    for module in worker.modules():
-        for key, p in module._parameters.items():
-            if id(p) in names:
-                places[names[id(p)]] = module, key
-    return places
+        return in_place(self.places, tensors)
 
 
 def tells_clients_apart(worker, trained: dict[str, nn.Parameter]) -> bool:
@@ -147,7 +129,7 @@ class BatchedEngine(Engine):
         reason = worker.why_one_by_one()
         if reason is None and not trained:
             reason = "it trains nothing"
-        if reason is None and len(places_of(worker, trained)) < len(trained):
+        if reason is None and len(worker.places()) < len(trained):
             reason = "it trains tensors that are no parameters of its modules"
         self._folds = reason is None and tells_clients_apart(worker, trained)
         if reason is None and not self._folds:
@@ -353,19 +335,6 @@ class BatchedEngine(Engine):
             if (mine - right).norm() > tolerance * right.norm() + 1e-6 * mine.numel() ** 0.5:
                 raise NotAlike(f"stacked, the gradient of {name} is not the client's own; does its loss mix clients?")
         self._proven = clients[0].task
-
-
-@contextmanager
-def plain_attention(net: nn.Module) -> Iterator[None]:
-    """timm's attention as plain products within the block: vmap has no rule for the fused kernel and loops instead."""
-    fused = [m for m in net.modules() if getattr(m, "fused_attn", False) is True]
-    for module in fused:
-        module.fused_attn = False
-    try:
-        yield
-    finally:
-        for module in fused:
-            module.fused_attn = True
 
 
 def free_memory(device: torch.device) -> int:

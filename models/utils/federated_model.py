@@ -17,7 +17,8 @@ client in ``client.state``.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ from torch import nn
 
 from federated.message import Message, Reply
 from models.utils.continual_model import ContinualModel
+from models.utils.merging import weighted_mean
 
 
 def share_backbone(net: nn.Module) -> nn.Module:
@@ -35,6 +37,19 @@ def share_backbone(net: nn.Module) -> nn.Module:
     """
     shared = {id(p): nn.Parameter(p.data, requires_grad=p.requires_grad) for p in net.parameters()}
     return copy.deepcopy(net, memo=shared)
+
+
+@contextmanager
+def in_place(places: dict[str, tuple[nn.Module, str]], tensors: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Within the block, the modules of ``FederatedModel.places`` hold ``tensors`` in place of their parameters."""
+    before = {n: module._parameters[key] for n, (module, key) in places.items()}
+    try:
+        for n, (module, key) in places.items():
+            module._parameters[key] = tensors[n]
+        yield
+    finally:
+        for n, (module, key) in places.items():
+            module._parameters[key] = before[n]
 
 
 class FederatedModel(ContinualModel):
@@ -62,6 +77,16 @@ class FederatedModel(ContinualModel):
     def get_parameters(self) -> Iterable[nn.Parameter]:
         return list(self.trainable().values())
 
+    def places(self) -> dict[str, tuple[nn.Module, str]]:
+        """{name: (module, name within it)} of what is trained; tensors that belong to no module are missing."""
+        names = {id(p): n for n, p in self.trainable().items()}
+        return {
+            names[id(p)]: (module, key)
+            for module in self.modules()
+            for key, p in module._parameters.items()
+            if id(p) in names
+        }
+
     # ---------------------------------------------------------------- server
 
     def begin_rounds(self, clients) -> None:
@@ -83,7 +108,11 @@ class FederatedModel(ContinualModel):
         weights = self.client_weights(replies)
         self._loss = sum(w * r["loss"] for w, r in zip(weights, replies, strict=True)) if "loss" in replies[0] else None
         for name, tensor in {**self.trainable(), **self.shared_buffers()}.items():
-            tensor.data = sum(w * r[name].double() for w, r in zip(weights, replies, strict=True)).to(tensor.dtype)
+            tensor.data = self.merged(name, tensor, replies, weights).to(tensor.dtype)
+
+    def merged(self, name: str, current: torch.Tensor, replies: list[Reply], weights: list[float]) -> torch.Tensor:
+        """The server's new value of one tensor: the weighted mean. ``current`` is the value it has."""
+        return weighted_mean([r[name] for r in replies], weights)
 
     @property
     def last_loss(self) -> float | None:
@@ -144,8 +173,9 @@ class FederatedModel(ContinualModel):
 
     def descend(self, trained: dict[str, torch.Tensor], client, opt, scaler) -> None:
         """Clip the gradients of one client's tensors and let its optimiser take a step; ``on_step`` if overridden."""
-        if self.args.clip_grad is not None:
+        if self.args.clip_grad is not None or self._watches_steps:
             scaler.unscale_(opt)
+        if self.args.clip_grad is not None:
             torch.nn.utils.clip_grad_norm_(trained.values(), self.args.clip_grad)
         before = {n: p.detach().clone() for n, p in trained.items()} if self._watches_steps else None
         scaler.step(opt)
@@ -177,7 +207,10 @@ class FederatedModel(ContinualModel):
         return Message({**self.trainable(), **self.shared_buffers()}, n_samples=client.n_samples).clone()
 
     def on_step(self, client, before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> None:
-        """After every optimiser step, with the trainable tensors on both sides of it (costs a copy if overridden)."""
+        """After every optimiser step, with the trainable tensors on both sides of it (costs a copy if overridden).
+
+        ``after[name].grad`` is the gradient the step was taken with: of loss and penalty, clipped, None if unused.
+        """
 
     def fresh_state(self) -> dict:
         """The private state of a client that has not done anything yet."""
@@ -192,9 +225,17 @@ class FederatedModel(ContinualModel):
 
     def load(self, message: Message) -> None:
         """Copy the broadcast into what this worker trains."""
+        self.own(self.trainable().values())
         with torch.no_grad():
             for name, tensor in {**self.trainable(), **self.shared_buffers()}.items():
                 tensor.copy_(message[name])
+
+    def own(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Give parameters storage of their own, once: a worker starts over the server's, and must not write there."""
+        for p in parameters:
+            if id(p) not in self._own:
+                p.data = p.data.clone()
+                self._own[id(p)] = p
 
     def enter_task(self, task: int) -> None:
         """Bring a worker to a task: the counters and structure of every task up to it, and tensors of its own.
@@ -207,10 +248,7 @@ class FederatedModel(ContinualModel):
             self._current_task = t
             self.meta_begin_task(self.dataset)
         self._entered = task
-        for p in self.trainable().values():
-            if id(p) not in self._own:
-                p.data = p.data.clone()
-                self._own[id(p)] = p
+        self.own(self.trainable().values())
 
     def why_one_by_one(self) -> str | None:
         """Why an engine must train the clients of this method one at a time; None if it may train many at once."""

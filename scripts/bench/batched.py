@@ -31,7 +31,7 @@ import common
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from federated.engines.batched import plain_attention
+from backbones.utils.base import plain_attention
 
 POCKET = "--dataset seq-glyphs --backbone vit-pocket --optimizer adam --lr 0.001"
 VIT = "--dataset seq-cifar100 --backbone vit --pretrained 0 --model fedavg --tuning lora --lora_r 16 "

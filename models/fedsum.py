@@ -1,0 +1,35 @@
+"""Task arithmetic as a federated aggregator: theta <- theta + lambda sum_c (theta_c - theta).
+
+fed-mammoth's ``fedsum`` adds the raw weights, theta <- sum_c theta_c, which multiplies the network by the number of
+clients; ``--fedsum_raw 1`` does that too. With lambda = 1 / #clients this is FedAvg with equal weights. Task arithmetic
+is Ilharco et al. 2023 (arXiv 2212.04089); 0.3 is the usual lambda for eight tasks.
+"""
+
+from __future__ import annotations
+
+from models.fedavg import FedAvg
+from models.utils.merging import task_arithmetic
+from utils.args import flag01, number
+
+
+class FedSum(FedAvg):
+    """Sums of what the clients changed."""
+
+    NAME = "fedsum"
+    COMPATIBILITY = ["class-il", "domain-il", "task-il"]
+
+    @staticmethod
+    def get_parser(parser):
+        FedAvg.get_parser(parser)
+        parser.add_argument("--fedsum_lambda", type=number(float), default=0.3, help="scale of the sum of the changes")
+        parser.add_argument(
+            "--fedsum_raw", type=flag01, nargs="?", const=1, default=0, help="add raw weights, as fed-mammoth does"
+        )
+        return parser
+
+    def merged(self, name, current, replies, weights):
+        if name in self.shared_buffers():  # running statistics are averaged
+            return super().merged(name, current, replies, weights)
+        if self.args.fedsum_raw:
+            return sum(r[name] for r in replies)
+        return task_arithmetic(current.data, [r[name] - current.data for r in replies], self.args.fedsum_lambda)

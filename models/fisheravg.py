@@ -1,0 +1,58 @@
+"""Fisher-weighted averaging (Matena and Raffel 2022, arXiv 2111.09832) as a federated aggregator.
+
+    theta_j <- sum_c w_cj theta_cj,   w_cj = (F_cj + eps) / sum_c (F_cj + eps)
+    F_c     = sum_x p(y|x) (d log p(y|x) / d theta)^2     after local training, softmax over the task's classes
+
+F is a sum, so clients count by their data. fed-mammoth takes it image by image on inputs in [0, 1] without
+normalisation; here per-sample gradients are vectorised, and the inputs are those of a test (``--fisher_inputs raw``:
+as in fed-mammoth).
+"""
+
+from __future__ import annotations
+
+from backbones.utils.base import plain_attention
+from federated.message import Message
+from models.fedavg import FedAvg
+from models.utils.federated_model import in_place
+from models.utils.fisher import fisher_diagonal
+from models.utils.merging import fisher_mean
+
+
+class FisherAvg(FedAvg):
+    """Every entry is averaged by how much the client's loss depends on it: twice the bytes of FedAvg up."""
+
+    NAME = "fisheravg"
+    COMPATIBILITY = ["class-il", "domain-il", "task-il"]
+
+    @staticmethod
+    def get_parser(parser):
+        FedAvg.get_parser(parser)
+        parser.add_argument(
+            "--fisher_inputs",
+            choices=("test", "raw"),
+            default="test",
+            help="images of the Fisher pass: normalised, or in [0, 1] as in fed-mammoth",
+        )
+        return parser
+
+    def merged(self, name, current, replies, weights):
+        if name in self.shared_buffers():
+            return super().merged(name, current, replies, weights)
+        return fisher_mean([r[name] for r in replies], [r[f"fisher.{name}"] for r in replies])
+
+    def after_local(self, client) -> Message:
+        fisher = {f"fisher.{n}": f for n, f in self.fisher(client).items()}
+        return Message({**super().after_local(client), **fisher})
+
+    def fisher(self, client) -> dict:
+        """{name: F (like theta)} of one client under its own weights."""
+        self.net.eval()
+        places = self.places()
+
+        def log_likelihood(params, x, y):
+            with in_place(places, params):
+                return -self.local_loss(x, y, client)[0]
+
+        with plain_attention(self.net):
+            batches = client.stat_loader(raw=self.args.fisher_inputs == "raw")
+            return fisher_diagonal(log_likelihood, self.trainable(), batches)

@@ -1,0 +1,343 @@
+"""LIVAR, layer importance and variance-based merging (arXiv 2507.06813), after its author's released code.
+
+Clients train LoRA (A and B) and the head. Two signals that training leaves behind decide how the server merges.
+
+Head, by the variance of features (k client, c class, z features of the class):
+    s_kc = mean over dimensions of var(z),   w_kc = s_kc / sum_j s_jc,   row_c = sum_k w_kc row_c^(k)
+
+LoRA, by layer importances, the first-order decrease of the loss summed over steps (l layer, G gradient):
+    I_A^l += |sum_ij G_A^l (A^l_before - A^l_after)|,  likewise I_B
+    q_k^l = table[I_B against its 60 and 80 % quantiles][I_A against its 25 and 50 % quantiles]  (over all k and l)
+    omega_k^l = q_k^l / sum_j q_j^l
+The table is what an offline SHAP analysis of the authors left; no SHAP is computed while training. Another one can be
+fitted with ``python -m utils.livar_fit_rule`` (a reconstruction) and used by ``--livar_rule fitted:FILE``.
+
+What is certain is the released code; whether the paper means each of its details is not. ``--livar_mode released``
+(default) follows it to the letter: A and B are averaged with omega apart from each other and sent as the next start,
+while the tested update is sum_k n_k/n B_k A_k, which omega never enters; features are those of the frozen network on
+images without normalisation; importances are never reset. ``principled`` tests and sends the omega-weighted sum of
+products, takes features of the adapted network on test images, and resets importances every round. Every choice has a
+flag of its own, which wins over the mode.
+
+The method is about one task (``--joint 1``). Over several tasks (a reconstruction) importances start anew, only the
+rows of the task are merged, and the tested update is the mean over tasks. Gradients are unscaled before they are
+looked at, which the released code omits in float16.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from federated.message import Message
+from models.utils.merging import low_rank_sum, weighted_mean, wide
+from models.utils.task_lora import TaskLoRA
+from utils.errors import UserError
+
+# Rows: I_B below, within, above its two thresholds; columns: I_A likewise. Released code.
+RULE = {
+    "quantiles_A": [0.25, 0.50],
+    "quantiles_B": [0.60, 0.80],
+    "table": [
+        [0.03813978, 0.03813978, 0.03813978],
+        [0.09813978, 0.08813978, 0.07813978],
+        [0.19313978, 0.11813978, 0.09313978],
+    ],
+}
+MODES = {
+    "released": {
+        "livar_features": "frozen_raw",
+        "livar_imp": "si",
+        "livar_imp_reset": "never",
+        "livar_broadcast": "factors",
+        "livar_eval": "count_product",
+    },
+    "principled": {
+        "livar_features": "adapted",
+        "livar_imp": "si",
+        "livar_imp_reset": "round",
+        "livar_broadcast": "product_svd",
+        "livar_eval": "broadcast",
+    },
+}
+
+
+def read_rule(path: str) -> dict:
+    """A rule from a JSON file: ``quantiles_A`` and ``quantiles_B`` (two each, rising) and a 3 x 3 ``table`` above zero.
+
+    Raises:
+        UserError: no such file, or not a rule.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"--livar_rule fitted:{path}: there is no such file; python -m utils.livar_fit_rule makes one")
+    try:
+        rule = json.loads(file.read_text())
+        quantiles = [[float(q) for q in rule[f"quantiles_{f}"]] for f in "AB"]
+        table = torch.tensor(rule["table"], dtype=torch.float64)
+        if table.shape != (3, 3) or not (table > 0).all() or not table.isfinite().all():
+            raise ValueError("the table is 3 x 3, of finite numbers above zero")
+        if any(len(q) != 2 or not 0 <= q[0] <= q[1] <= 1 for q in quantiles):
+            raise ValueError("quantiles are two numbers in [0, 1], the smaller first")
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"--livar_rule fitted:{path}: not a rule ({type(e).__name__}: {e})") from None
+    return rule
+
+
+def scores(I_A: Tensor, I_B: Tensor, rule: dict = RULE) -> Tensor:
+    """q (K x L) from importances (K x L) by the table; at a threshold an importance counts as within."""
+    q = {}
+    for name, importance in (("A", I_A), ("B", I_B)):
+        flat = importance.double().flatten()
+        low, high = (torch.quantile(flat, level) for level in rule[f"quantiles_{name}"])
+        q[name] = 1 + (importance.double() > high).long() - (importance.double() < low).long()
+    return torch.tensor(rule["table"], dtype=torch.float64, device=I_A.device)[q["B"], q["A"]]
+
+
+def head_weights(rule: str, variance: Tensor, counts: Tensor) -> Tensor:
+    """w (K x C), columns that sum to one, zero where no client covers the class.
+
+    Args:
+        rule: var, var_count, inv_var. variance, counts: (K x C), s_kc and n_kc.
+    """
+    s = variance.double()
+    raw = {"var": s, "var_count": s * counts, "inv_var": torch.where(s > 0, 1 / s, 0)}[rule]
+    total = raw.sum(0)
+    return torch.where(total > 0, raw / total, 0)
+
+
+class Livar(TaskLoRA):
+    """LoRA merged by importances, the head by variances."""
+
+    NAME = "livar"
+    COMPATIBILITY = ["class-il", "domain-il", "task-il"]
+
+    @staticmethod
+    def get_parser(parser):
+        TaskLoRA.get_parser(parser)
+        add = parser.add_argument
+        add("--livar_mode", choices=tuple(MODES), default="released", help="sets those of the next five not given")
+        add(
+            "--livar_features",
+            choices=("frozen_raw", "frozen", "adapted"),
+            default=None,
+            help="network and images of the variances: pretrained on images in [0, 1], pretrained, or as trained",
+        )
+        add(
+            "--livar_imp",
+            choices=("si", "grad"),
+            default=None,
+            help="importance of a step: |sum G (before - after)| or |sum G|",
+        )
+        add("--livar_imp_reset", choices=("never", "round"), default=None, help="when importances return to zero")
+        add(
+            "--livar_broadcast",
+            choices=("factors", "product_svd", "product_fold"),
+            default=None,
+            help="next start: means of A and B, the mean of B A cut to the rank, or all of it (dense) with B = 0",
+        )
+        add(
+            "--livar_eval",
+            choices=("count_product", "omega_product", "broadcast"),
+            default=None,
+            help="tested update: products weighted by samples, by omega, or what is sent",
+        )
+        add(
+            "--livar_rule",
+            default="table",
+            metavar="{table,uniform,count,fitted:FILE}",
+            help="weights of clients in a layer: the released table, equal, by samples, or a fitted table",
+        )
+        add(
+            "--livar_head",
+            choices=("var", "count", "uniform", "var_count", "inv_var"),
+            default="var",
+            help="weights of clients in a row of the head",
+        )
+        return parser
+
+    def __init__(self, backbone, loss, args, transform, dataset=None):
+        for name, value in MODES[args.livar_mode].items():
+            if getattr(args, name) is None:
+                setattr(args, name, value)
+        kind, _, path = args.livar_rule.partition(":")
+        if kind not in ("table", "uniform", "count", "fitted") or (kind == "fitted") != bool(path):
+            raise UserError(f"--livar_rule {args.livar_rule!r}: choose from table, uniform, count, fitted:FILE")
+        self._own_rule = read_rule(path) if path else RULE
+        super().__init__(backbone, loss, args, transform, dataset)
+        self.folded: dict[str, Tensor] = {}  # the task's dense update (product_fold)
+        self.fold_version = 0
+        self.mean_weights: dict[str, Tensor] = {}  # what was tested after the last task
+
+    # ---------------------------------------------------------------- server
+
+    def begin_rounds(self, clients) -> None:
+        super().begin_rounds(clients)
+        self.mean_weights = {n: self.lora.linear(n).weight.data for n in self.lora.layer_names}
+        self.folded, self.fold_version = {}, 0
+
+    def aggregate(self, replies) -> None:
+        shares = torch.tensor(self.client_weights(replies), dtype=torch.float64)
+        omega = self.omega(replies, shares)  # K x L
+        As, Bs = ([{n: r[f[i]] for n, f in self._own_names.items()} for r in replies] for i in "AB")
+        send, test = {}, {}
+        for index, (layer, name) in enumerate(self._own_names.items()):
+            A, B, w = [a[layer] for a in As], [b[layer] for b in Bs], omega[:, index].tolist()
+            base = self.folded.get(layer, 0)
+            if self.args.livar_broadcast == "product_svd":
+                send[name["B"]], send[name["A"]] = low_rank_sum(B, A, w, self.args.lora_r)
+            else:
+                send[name["A"]], send[name["B"]] = weighted_mean(A, w), weighted_mean(B, w)
+            if self.args.livar_broadcast == "product_fold":
+                self.folded[layer] = (base + self.product(A, B, w)).to(A[0].dtype)
+                send[name["B"]] = torch.zeros_like(B[0])
+            if self.args.livar_eval == "broadcast":
+                test[layer] = self.folded.get(layer, 0) + self.product([send[name["A"]]], [send[name["B"]]])
+            else:
+                product = shares.tolist() if self.args.livar_eval == "count_product" else w
+                test[layer] = base + self.product(A, B, product)
+        self.fold_version += 1
+        self._own_merged = {**send, **self.merge_head(replies, shares)}
+        super().aggregate(replies)
+        self.show(self.mean_over_tasks(test))
+
+    def omega(self, replies, shares: Tensor) -> Tensor:
+        """omega_k^l (K x L), columns that sum to one."""
+        L = len(self._own_names)
+        if self.args.livar_rule == "count":
+            return shares[:, None].expand(-1, L)
+        if self.args.livar_rule == "uniform":
+            return torch.full((len(replies), L), 1 / len(replies), dtype=torch.float64)
+        I_A, I_B = (torch.stack([r[f"importance.{f}"] for r in replies]) for f in "AB")
+        q = scores(I_A, I_B, self._own_rule).cpu()
+        return q / q.sum(0)
+
+    def merge_head(self, replies, shares: Tensor) -> dict[str, Tensor]:
+        """Rows weighted by variance; a class that nobody covers keeps its row."""
+        rule, K = self.args.livar_head, len(replies)
+        rows = {n: torch.stack([r[f"head.{n}"] for r in replies]) for n in ("weight", "bias")}
+        if rule in ("count", "uniform"):
+            w = (shares if rule == "count" else torch.full((K,), 1 / K, dtype=torch.float64)).tolist()
+            return {f"head.{n}": weighted_mean(list(r), w) for n, r in rows.items()}
+        variance, counts = (torch.stack([r[n] for r in replies]) for n in ("variance", "counts"))
+        w = head_weights(rule, variance, counts)
+        covered = w.sum(0) > 0
+        merged = {}
+        for name, r in rows.items():
+            dims = (...,) + (None,) * (r.dim() - 2)
+            mean = (w[dims].to(wide(r)) * r.to(wide(r))).sum(0).to(r.dtype)
+            merged[f"head.{name}"] = torch.where(covered[dims], mean, getattr(self.head, name).data)
+        return merged
+
+    def merged(self, name, current, replies, weights):
+        return self._own_merged[name]
+
+    def mean_over_tasks(self, deltas: dict[str, Tensor]) -> dict[str, Tensor]:
+        """(t mean + delta) / (t + 1) by layer, with the mean of the updates of the t tasks before."""
+        t = self.current_task
+        if not t:
+            return deltas
+        out = {}
+        for layer, _, branch in self.lora.branches():
+            past = self.mean_weights[layer].double() - self._own_pretrained[layer].double()
+            past = torch.cat([past[rows] for rows in branch.rows])
+            out[layer] = (t * past + deltas[layer]) / (t + 1)
+        return out
+
+    # ---------------------------------------------------------------- the wire
+
+    def broadcast(self) -> Message:
+        if self.args.livar_broadcast != "product_fold" or not self.folded:
+            return super().broadcast()
+        fold = {f"fold.{n}": D for n, D in self.folded.items()}
+        version = 1000 * self.current_task + self.fold_version
+        return Message({**super().broadcast(), **fold}, keep=dict.fromkeys(fold, version))
+
+    # ---------------------------------------------------------------- client
+
+    def load(self, message: Message) -> None:
+        self.lora.enable()
+        super().load(message)
+        fold = message.tensors("fold.")
+        if fold or getattr(self, "_own_folded", False):
+            self.show(fold or {n: torch.zeros_like(self._rows(n)) for n in self.lora.layer_names})
+            self._own_folded = bool(fold)
+
+    def _rows(self, layer: str) -> Tensor:
+        _, B = self.factors()[layer]
+        return self._own_pretrained[layer][: B.shape[-2]]
+
+    def before_local(self, message: Message, client) -> None:
+        state = client.state
+        if state.get("task") != client.task:
+            state.clear()
+            state["task"] = client.task
+        if "importance" not in state or self.args.livar_imp_reset == "round":
+            state["importance"] = torch.zeros(2, len(self._own_names), device=self.device)
+
+    def on_step(self, client, before, after) -> None:
+        step = []
+        for factor in "AB":
+            for names in self._own_names.values():
+                G = after[names[factor]].grad
+                if self.args.livar_imp == "si":
+                    G = G * (before[names[factor]] - after[names[factor]].detach())
+                step.append(G.sum().abs())
+        client.state["importance"] += torch.stack(step).nan_to_num(0, 0, 0).view(2, -1)
+
+    def after_local(self, client) -> Message:
+        reply = super().after_local(client)
+        if self.args.livar_rule == "table" or self.args.livar_rule.startswith("fitted"):
+            I_A, I_B = client.state["importance"].clone()
+            reply = Message({**reply, "importance.A": I_A, "importance.B": I_B})
+        if self.args.livar_head in ("var", "var_count", "inv_var"):
+            variance, counts = self.feature_variance(client)
+            reply = Message({**reply, "variance": variance, "counts": counts})
+        return reply
+
+    @torch.no_grad()
+    def feature_variance(self, client) -> tuple[Tensor, Tensor]:
+        """s_kc and n_kc (C,) of the task's classes; s is 0 where the client has fewer than two samples.
+
+        Features of the frozen network are the same in every round: their variances are kept for the task.
+        """
+        frozen = self.args.livar_features != "adapted"
+        if frozen and "variance" in client.state:
+            return client.state["variance"], client.state["counts"]
+        self.net.eval()
+        start, C = self.n_past_classes, self.n_classes_current_task
+        sums = squares = counts = 0
+        with self.pretrained() if frozen else torch.no_grad():
+            for inputs, labels in client.stat_loader(raw=self.args.livar_features == "frozen_raw"):
+                z = self.net(inputs, returnt="features").to(wide(inputs))
+                of_class = torch.nn.functional.one_hot(labels - start, C).to(z)
+                sums, squares, counts = (
+                    sums + of_class.T @ z,
+                    squares + of_class.T @ z.square(),
+                    counts + of_class.sum(0),
+                )
+        n = counts[:, None]
+        variance = (squares - sums.square() / n.clamp(min=1)) / (n - 1).clamp(min=1)
+        s = torch.where(counts > 1, variance.clamp(min=0).mean(1), 0).float()
+        if frozen:
+            client.state.update(variance=s, counts=counts.float())
+        return s, counts.float()
+
+    @contextmanager
+    def pretrained(self) -> Iterator[None]:
+        """Within the block, the network as it was pretrained."""
+        layers = {n: self.lora.linear(n) for n in self.lora.layer_names}
+        mine = {n: layer.weight.data for n, layer in layers.items()}
+        try:
+            for n, layer in layers.items():
+                layer.weight.data = self._own_pretrained[n]
+            with self.lora.disabled():
+                yield
+        finally:
+            for n, layer in layers.items():
+                layer.weight.data = mine[n]
