@@ -12,7 +12,7 @@ for seed in ${SEEDS:-0 1 2}; do
   for dataset in ${DATASETS:-seq-digits seq-glyphs}; do
     for row in "${METHODS[@]}"; do
       IFS='|' read -r name flags _ <<<"$row"
-      case $name in ncm* | joint* | er* | derpp* | full*) continue ;; esac
+      case $name in ncm* | joint* | er* | derpp* | full* | fedprox* | scaffold* | fedsum* | ties* | fisher* | regmean*) continue ;; esac
       line=true
       for engine in $ENGINES; do
         line+=" && $PYTHON main.py $flags --dataset $dataset --seed $seed $COMMON --engine $engine --results_path $OUT/$engine"

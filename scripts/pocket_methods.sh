@@ -1,23 +1,46 @@
 # Sourced by the pocket scripts: the rows of the pocket table, "name | flags | learning rates to choose from".
-# A nearest-class-mean reference, the upper bound (all data in one place, all classes at once), rehearsal, and the
-# federated methods with DOLFIN's ablation.
+# A nearest-class-mean reference, the upper bound (all data in one place, all classes at once), rehearsal, whole networks
+# under every aggregator, adapters, and what the adapters' methods are made of (ablations).
+# ROWS="lorm livar" takes some of them.
 METHODS=(
   "ncm         | --model ncm --fl |"
   "joint       | --model joint --model_config best | 0.0003 0.001 0.003"
   "er          | --model er --model_config best --fl | 0.0003 0.001 0.003"
   "derpp       | --model derpp --model_config best --fl | 0.0003 0.001 0.003"
   "full        | --model fedavg --fl | 0.0001 0.0003 0.001 0.003"
+  "fedprox     | --model fedprox --fl | 0.0003 0.001 0.003"
+  "scaffold    | --model scaffold --fl | 0.0003 0.001 0.003"
+  "fedsum      | --model fedsum --fl | 0.0001 0.0003 0.001"
+  "ties        | --model ties_merging --fl | 0.0003 0.001 0.003"
+  "fisheravg   | --model fisheravg --fl | 0.0003 0.001 0.003"
+  "regmean     | --model regmean --fl | 0.0003 0.001 0.003"
   "head        | --model fedavg --model_config head --fl | 0.001 0.003 0.01 0.03 0.1 0.3"
   "lora        | --model fedavg --model_config lora --fl | 0.001 0.003 0.01 0.03"
   "ffa_lora    | --model ffa_lora --fl | 0.001 0.003 0.01 0.03 0.1"
+  "livar       | --model livar --fl | 0.001 0.003 0.01 0.03"
+  "lorm        | --model lorm --fl | 0.001 0.003 0.01 0.03"
   "dolfin      | --model dolfin --fl | 0.001 0.003 0.01 0.03"
   "paper_energy| --model dolfin --gpm_energy paper --fl | 0.003 0.01 0.03"
   "unprojected | --model dolfin --dolfin_basis none --fl | 0.001 0.003 0.01 0.03"
 )
+if [ -n "${ROWS:-}" ]; then
+  chosen=()
+  for row in "${METHODS[@]}"; do
+    case " $ROWS " in *" ${row%%[ |]*} "*) chosen+=("$row") ;; esac
+  done
+  METHODS=("${chosen[@]}")
+fi
 export OMP_WAIT_POLICY=PASSIVE
 PYTHON=${PYTHON:-.venv/bin/python}
 JOBS=${JOBS:-$(nproc 2>/dev/null || sysctl -n hw.ncpu)}
 COMMON="--device cpu --num_threads 1 --loadcheck auto"
+
+# split_flags DATASET BETA: ten clients; seq-digits has two classes a task, too few to give ten clients six images at 0.1
+split_flags() {
+  local clients=10
+  [ "$1 $2" = "seq-digits 0.1" ] && clients=5
+  echo "--dataset $1 --distribution_alpha $2 --num_clients $clients"
+}
 
 # run_all FILE: a command line each, JOBS at a time; a failing one is reported and the others go on
 run_all() {

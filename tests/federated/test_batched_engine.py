@@ -30,6 +30,8 @@ LORA = f"--model fedavg --tuning lora --lr 0.01 --optimizer sgd {SHORT}"
 HEAD = f"--model fedavg --tuning head --lr 0.05 {SHORT}"
 FULL = f"--model fedavg --lr 0.01 --optimizer sgd {SHORT} --clients_per_batch 3"
 PARTITIONS = ("--partition_mode distribution --distribution_alpha 0.5", "--partition_mode quantity --class_quantity 1")
+# Adam divides gradients by their size: on twelve layers of a network without pretrained weights some are all rounding
+ROUNDS_UP = ("livar", "lorm")
 
 
 def state(r) -> dict[str, torch.Tensor]:
@@ -108,6 +110,8 @@ def test_every_method_gives_the_same_global_state(tmp_path, model, partition):
     ends = []
     for engine in ("serial", "batched --clients_per_batch 2"):
         split = partition.replace("quantity 1", "quantity 4") if model == "joint" else partition
+        if model in ROUNDS_UP:
+            split += " --optimizer sgd --lr 0.01"
         flags = " ".join([*small_args(model, True), split, "--batch_size 16 --stop_after 2 --engine", engine])
         ends.append(state(Rig(flags.replace("--partition_mode=iid", ""), tmp_path).run()))
     assert far(*ends) <= 1e-6
