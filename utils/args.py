@@ -100,7 +100,7 @@ def add_general_args(parser: ArgumentParser) -> None:
     g.add_argument("--batch_size", type=positive, default=32)
     g.add_argument("--lr", type=number(float, 0, 1e38), default=0.03, help="learning rate")
     g.add_argument("--optimizer", choices=("sgd", "adam", "adamw"), default="sgd")
-    g.add_argument("--optim_wd", type=number(float, 0), default=0.0, help="weight decay")
+    g.add_argument("--optim_wd", "--wd_reg", type=number(float, 0), default=0.0, help="weight decay")
     g.add_argument("--optim_mom", type=number(float, 0, 1), default=0.0, help="momentum (sgd)")
     g.add_argument("--optim_nesterov", type=flag01, default=0, nargs="?", const=1)
     g.add_argument(
