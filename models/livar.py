@@ -15,9 +15,9 @@ fitted with ``python -m utils.livar_fit_rule`` (a reconstruction) and used by ``
 What is certain is the released code; whether the paper means each of its details is not. ``--livar_mode released``
 (default) follows it to the letter: A and B are averaged with omega apart from each other and sent as the next start,
 while the tested update is sum_k n_k/n B_k A_k, which omega never enters; features are those of the frozen network on
-images without normalisation; importances are never reset. ``principled`` tests and sends the omega-weighted sum of
-products, takes features of the adapted network on test images, and resets importances every round. Every choice has a
-flag of its own, which wins over the mode.
+images without normalisation; importances are never reset. ``principled`` tests the omega-weighted sum of products and
+sends the nearest product of its rank, takes features of the adapted network on test images, and resets importances
+every round. Every choice has a flag of its own, which wins over the mode.
 
 The method is about one task (``--joint 1``). Over several tasks (a reconstruction) importances start anew, only the
 rows of the task are merged, and the tested update is the mean over tasks. Gradients are unscaled before they are
@@ -62,7 +62,7 @@ MODES = {
         "livar_imp": "si",
         "livar_imp_reset": "round",
         "livar_broadcast": "product_svd",
-        "livar_eval": "broadcast",
+        "livar_eval": "omega_product",
     },
 }
 

@@ -32,7 +32,9 @@ def pairs_of(w):
     pairs = {}
     for layer in LAYERS:
         pairs[layer] = tuple(
-            w.reply[parameter(layer, f)].double() if f == w.message["factor"] else w.message[f"{f}{w.task}.{layer}"].double()
+            w.reply[parameter(layer, f)].double()
+            if f == w.message["factor"]
+            else w.message[f"{f}{w.task}.{layer}"].double()
             for f in "AB"
         )
     return pairs
@@ -217,7 +219,11 @@ def test_only_the_table_of_the_wire(rig, wire, alpha):
     down = {(0): size["A"] + size["B"] + head, (1): size["B"] + head, (2): size["A"] + head, (-1): size["B"]}
     for row in r.ledger.rows():
         k = row["round"]
-        (w,) = [x for x in wire if (x.task, x.round, x.client, x.call) == tuple(row[c] for c in ("task", "round", "client", "call"))]
+        (w,) = [
+            x
+            for x in wire
+            if (x.task, x.round, x.client, x.call) == tuple(row[c] for c in ("task", "round", "client", "call"))
+        ]
         up = body["A"] if k < 0 else size["BAB"[k]] + head + of_head + body["BAB"[k]]
         assert sum(t.numel() for t in w.reply.tensors().values()) == up
         header = 3000 if k < 0 or k % 2 else 4500  # names, shapes and offsets
@@ -341,7 +347,7 @@ def test_fed_mammoths_command_lines_are_the_published_settings(beta, lr, r):
 
 def test_settings_that_were_not_published():
     with pytest.raises(UserError, match="no published settings for 'seq-cifar100'.*seq-eurosat-rgb"):
-        parse_args("--model lorm --dataset seq-cifar100 --fl --model_config paper-beta1.0".split())
+        parse_args(["--model", "lorm", "--dataset", "seq-cifar100", "--fl", "--model_config", "paper-beta1.0"])
     with pytest.raises(UserError, match="head as a whole"):
         import main
 
