@@ -75,3 +75,24 @@ def test_messages_and_cleaning_up_after_errors(vit):
     with pytest.raises(ZeroDivisionError), moments:
         1 / 0  # noqa: B018
     assert not vit.blocks[0].attn.qkv._forward_pre_hooks
+
+
+def test_diagonals_and_moments_behind_a_map():
+    """(d,) and r x r sums equal those taken from the inputs, whatever the batches and the shape of x."""
+    net = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Linear(4, 3))
+    x = torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(0))
+    A = torch.randn(2, 6, generator=torch.Generator().manual_seed(1))
+    h = net[0](x).detach()
+    flat, hidden = x.reshape(-1, 6).double(), h.reshape(-1, 4).double()
+    for split in (1, 2, 3):
+        diagonal = InputMoments(net, ["0", "1"], diagonal=True)
+        through = InputMoments(net, ["0", "1"], torch.float64, through={"0": A})
+        with diagonal, through:
+            for part in x.split(split):
+                net(part)
+        torch.testing.assert_close(diagonal.sums["0"].double(), flat.square().sum(0), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(diagonal.sums["1"].double(), hidden.square().sum(0), rtol=1e-5, atol=1e-5)
+        z = flat @ A.double().T
+        torch.testing.assert_close(through.sums["0"], z.T @ z)
+        torch.testing.assert_close(through.sums["1"], hidden.T @ hidden)
+        assert diagonal.counts == through.counts == {"0": 15, "1": 15}
