@@ -188,9 +188,9 @@ def fisher_by_hand(net, samples):
 
 
 def test_ewc_fisher_is_a_loop_over_samples(rig, monkeypatch):
-    import models.ewc_on
+    import models.utils.fisher
 
-    monkeypatch.setattr(models.ewc_on, "PER_SAMPLE_FLOATS", 7 * 89_610)  # chunks that do not divide the samples
+    monkeypatch.setattr(models.utils.fisher, "PER_SAMPLE_FLOATS", 7 * 89_610)  # chunks that do not divide the samples
     r = ewc(rig)
     expected = None
     for t in range(2):
