@@ -342,7 +342,8 @@ def read(file: Path) -> tuple[dict, dict, dict[str, torch.Tensor]]:
     try:
         with safe_open(file, "pt") as f:
             header = json.loads((f.metadata() or {}).get("herd", "null"))
-            tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 - not a dict
+            # clones are aligned as PyTorch aligns tensors: where a tensor lies decides how some kernels add it up
+            tensors = {k: f.get_tensor(k).clone() for k in f.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError, ValueError) as e:
         raise UserError(
             f"--loadcheck: {file} cannot be read as a checkpoint ({e}); take another or start afresh"

@@ -203,7 +203,7 @@ def test_one_client_and_one_round_is_inflora(rig, energy, optimizer, lr):
     for name, w in weights.items():
         if name in expected:
             assert float((w - start[name]).abs().max()) > 1e-3, name  # it did learn
-            torch.testing.assert_close(w, expected[name], rtol=0, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+            torch.testing.assert_close(w, expected[name], rtol=0, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
         else:
             assert torch.equal(w, start[name]), name
     for name, m in r.model.memory.items():
