@@ -7,6 +7,8 @@ is Ilharco et al. 2023 (arXiv 2212.04089); 0.3 is the usual lambda for eight tas
 
 from __future__ import annotations
 
+import torch
+
 from models.fedavg import FedAvg
 from models.utils.merging import task_arithmetic
 from utils.args import flag01, number
@@ -27,9 +29,13 @@ class FedSum(FedAvg):
         )
         return parser
 
-    def merged(self, name, current, replies, weights):
-        if name in self.shared_buffers():  # running statistics are averaged
-            return super().merged(name, current, replies, weights)
-        if self.args.fedsum_raw:
-            return sum(r[name] for r in replies)
-        return task_arithmetic(current.data, [r[name] - current.data for r in replies], self.args.fedsum_lambda)
+    @torch.no_grad()
+    def merged(self, current, replies, weights):
+        merged = super().merged(self.shared_buffers(), replies, weights)  # running statistics are averaged
+        for name, start in self.trainable().items():
+            if self.args.fedsum_raw:
+                merged[name] = sum(r[name] for r in replies)
+            else:
+                changes = [r[name] - start for r in replies]
+                merged[name] = task_arithmetic(start, changes, self.args.fedsum_lambda)
+        return merged

@@ -35,10 +35,11 @@ class FisherAvg(FedAvg):
         )
         return parser
 
-    def merged(self, name, current, replies, weights):
-        if name in self.shared_buffers():
-            return super().merged(name, current, replies, weights)
-        return fisher_mean([r[name] for r in replies], [r[f"fisher.{name}"] for r in replies])
+    def merged(self, current, replies, weights):
+        merged = super().merged(self.shared_buffers(), replies, weights)  # running statistics are averaged
+        for name in self.trainable():
+            merged[name] = fisher_mean([r[name] for r in replies], [r[f"fisher.{name}"] for r in replies])
+        return merged
 
     def after_local(self, client) -> Message:
         fisher = {f"fisher.{n}": f for n, f in self.fisher(client).items()}

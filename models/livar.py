@@ -27,8 +27,7 @@ looked at, which the released code omits in float16.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -178,7 +177,8 @@ class Livar(TaskLoRA):
 
     def begin_rounds(self, clients) -> None:
         super().begin_rounds(clients)
-        self.mean_weights = {n: self.lora.linear(n).weight.data for n in self.lora.layer_names}
+        layers = self.lora.layer_names if self.current_task else ()
+        self.mean_weights = {n: self.lora.linear(n).weight.data for n in layers}
         self.folded, self.fold_version = {}, 0
 
     def aggregate(self, replies) -> None:
@@ -234,8 +234,8 @@ class Livar(TaskLoRA):
             merged[f"head.{name}"] = torch.where(covered[dims], mean, getattr(self.head, name).data)
         return merged
 
-    def merged(self, name, current, replies, weights):
-        return self._own_merged[name]
+    def merged(self, current, replies, weights):
+        return self._own_merged
 
     def mean_over_tasks(self, deltas: dict[str, Tensor]) -> dict[str, Tensor]:
         """(t mean + delta) / (t + 1) by layer, with the mean of the updates of the t tasks before."""
@@ -265,12 +265,16 @@ class Livar(TaskLoRA):
         super().load(message)
         fold = message.tensors("fold.")
         if fold or getattr(self, "_own_folded", False):
-            self.show(fold or {n: torch.zeros_like(self._rows(n)) for n in self.lora.layer_names})
+            self.put_weights(self.over_pretrained(fold) if fold else self._own_pretrained)
             self._own_folded = bool(fold)
 
-    def _rows(self, layer: str) -> Tensor:
-        _, B = self.factors()[layer]
-        return self._own_pretrained[layer][: B.shape[-2]]
+    @property
+    def _needs_importance(self) -> bool:
+        return self.args.livar_rule not in ("uniform", "count")
+
+    @property
+    def _watches_steps(self) -> bool:
+        return self._needs_importance
 
     def before_local(self, message: Message, client) -> None:
         state = client.state
@@ -292,7 +296,7 @@ class Livar(TaskLoRA):
 
     def after_local(self, client) -> Message:
         reply = super().after_local(client)
-        if self.args.livar_rule == "table" or self.args.livar_rule.startswith("fitted"):
+        if self._needs_importance:
             I_A, I_B = client.state["importance"].clone()
             reply = Message({**reply, "importance.A": I_A, "importance.B": I_B})
         if self.args.livar_head in ("var", "var_count", "inv_var"):
@@ -312,7 +316,10 @@ class Livar(TaskLoRA):
         self.net.eval()
         start, C = self.n_past_classes, self.n_classes_current_task
         sums = squares = counts = 0
-        with self.pretrained() if frozen else torch.no_grad():
+        with ExitStack() as stack:
+            if frozen:
+                stack.enter_context(self.weights_in_place(self._own_pretrained))
+                stack.enter_context(self.lora.disabled())
             for inputs, labels in client.stat_loader(raw=self.args.livar_features == "frozen_raw"):
                 z = self.net(inputs, returnt="features").to(wide(inputs))
                 of_class = torch.nn.functional.one_hot(labels - start, C).to(z)
@@ -327,17 +334,3 @@ class Livar(TaskLoRA):
         if frozen:
             client.state.update(variance=s, counts=counts.float())
         return s, counts.float()
-
-    @contextmanager
-    def pretrained(self) -> Iterator[None]:
-        """Within the block, the network as it was pretrained."""
-        layers = {n: self.lora.linear(n) for n in self.lora.layer_names}
-        mine = {n: layer.weight.data for n, layer in layers.items()}
-        try:
-            for n, layer in layers.items():
-                layer.weight.data = self._own_pretrained[n]
-            with self.lora.disabled():
-                yield
-        finally:
-            for n, layer in layers.items():
-                layer.weight.data = mine[n]

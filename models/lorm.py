@@ -26,13 +26,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor
 
 from federated.message import Message
 from models.regmean import GramModel, add_regmean_args
 from models.utils.gpm import pack_triu, unpack_triu
-from models.utils.merging import merge_layers, reduced_gram, wide
+from models.utils.merging import merge_layers, reduced_gram
 from models.utils.task_lora import TaskLoRA
 from utils.args import flag01, number
 from utils.errors import UserError
@@ -103,16 +102,8 @@ class Lorm(GramModel, TaskLoRA):
         """The one that is trained now."""
         return "A" if next(iter(self.factors().values()))[0].requires_grad else "B"
 
-    def get_optimizer(self, params=None, lr=None):
-        """Two groups: the factor at ``--lr_A`` or ``--lr_B``, the head at ``--lr``."""
-        if params is None and getattr(self, "lora", None) is not None:
-            rate = self.args.lr_A if self.factor == "A" else self.args.lr_B
-            if rate >= 0:
-                groups: dict[bool, list] = {True: [], False: []}
-                for name, p in self.trainable().items():
-                    groups[name.startswith("head.")].append(p)
-                params = [{"params": groups[False], "lr": rate}, {"params": groups[True]}]
-        return super().get_optimizer(params, lr)
+    def body_lr(self) -> float:
+        return self.args.lr_A if self.factor == "A" else self.args.lr_B
 
     # ---------------------------------------------------------------- server: one task, top to bottom
 
@@ -150,19 +141,23 @@ class Lorm(GramModel, TaskLoRA):
         self.past.append({n: (A.data.clone(), B.data.clone()) for n, (A, B) in self.factors().items()})
         self.show(self.merged_tasks())
 
+    def summed(self, pairs) -> dict[str, Tensor]:
+        """sum B A by layer over some {layer: (A, B)}."""
+        return {n: self.product([p[n][0] for p in pairs], [p[n][1] for p in pairs]) for n in self.lora.layer_names}
+
+    def mean_of(self, pairs) -> dict[str, Tensor]:
+        return {n: total / len(pairs) for n, total in self.summed(pairs).items()}
+
     def running_mean(self) -> dict[str, Tensor]:
         """(sum_s B_s A_s + B A) / (t + 1): what is tested between rounds."""
-        pairs = [*self.past, self.factors()]
-        return {n: self.product([p[n][0] for p in pairs], [p[n][1] for p in pairs]) / len(pairs) for n in pairs[0]}
+        return self.mean_of([*self.past, self.factors()])
 
     def merged_tasks(self) -> dict[str, Tensor]:
         """(sum_t B_t A_t G_t)(sum_t G_t)^-1 by layer, or the mean over tasks."""
-        layers = self.lora.layer_names
         if not self.past_grams:
-            return {n: self.product([p[n][0] for p in self.past], [p[n][1] for p in self.past]) / len(self.past)
-                    for n in layers}  # fmt: skip
+            return self.mean_of(self.past)
         merged = {}
-        for n in layers:  # one layer at a time: the deltas of all tasks are dense
+        for n in self.lora.layer_names:  # one layer at a time: the deltas of all tasks are dense
             deltas = [{n: self.product([p[n][0]], [p[n][1]])} for p in self.past]
             grams = [{n: g[n]} for g in self.past_grams]
             merged |= merge_layers(deltas, grams, alpha=self.alpha["body"], dtype=self.solve_dtype)
@@ -211,7 +206,7 @@ class Lorm(GramModel, TaskLoRA):
                 p.data = message[f"head.{name}"].clone()
 
     def after_local(self, client) -> Message:
-        grams, head = self.collect(client, "B" if self.factor == "B" else "A", head=True)
+        grams, head = self.collect(client, self.factor, head=True)
         packed = {f"gram.{n}": G for n, G in grams.items()}
         return Message({**super().after_local(client), **packed, "gram.head": self.pack(head.sums["head"])})
 
@@ -257,33 +252,18 @@ class Lorm(GramModel, TaskLoRA):
     @contextmanager
     def gram_model(self) -> Iterator[None]:
         """Within the block, the weights that Grams are collected with."""
-        t = len(self.past[: self.current_task])
+        t = self.current_task
         if not t or self.args.lorm_gram_model == "local":
             yield
             return
-        if getattr(self, "_own_mean_task", None) != t:
-            self._own_mean = self._past_in_weights(t)
+        if getattr(self, "_own_mean_task", None) != t:  # the adapter adds B_i A_i / (t + 1)
+            self._own_mean = self.over_pretrained({n: total / (t + 1) for n, total in self.summed(self.past).items()})
             self._own_mean_task = t
         try:
-            for layer, _, branch in self.lora.branches():
-                self.lora.linear(layer).weight.data = self._own_mean[layer]
+            for _, _, branch in self.lora.branches():
                 branch.scale = 1 / (t + 1)
-            yield
+            with self.weights_in_place(self._own_mean):
+                yield
         finally:
-            for layer, _, branch in self.lora.branches():
-                self.lora.linear(layer).weight.data = self._own_pretrained[layer]
+            for _, _, branch in self.lora.branches():
                 branch.scale = 1.0
-
-    @torch.no_grad()
-    def _past_in_weights(self, t: int) -> dict[str, Tensor]:
-        """W0 + sum_s B_s A_s / (t + 1) by layer; the adapter adds B_i A_i / (t + 1)."""
-        weights = {}
-        for layer, _, branch in self.lora.branches():
-            pairs = [p[layer] for p in self.past[:t]]
-            delta = self.product([A for A, _ in pairs], [B for _, B in pairs]) / (t + 1)
-            W = self._own_pretrained[layer]
-            total = W.to(wide(W), copy=True)
-            for rows, part in branch.split(delta, -2):
-                total[rows] += part
-            weights[layer] = total.to(W.dtype)
-        return weights

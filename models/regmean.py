@@ -92,24 +92,38 @@ class GramModel(FederatedModel):
         """A Gram matrix as it travels: its upper triangle, or its diagonal as it is."""
         return pack_triu(G) if G.dim() == 2 else G
 
+    def body_lr(self) -> float:
+        """The learning rate of what is trained beside the head; below 0: ``--lr``."""
+        raise NotImplementedError
+
+    def get_optimizer(self, params=None, lr=None):
+        """Two groups where the body has a rate of its own; the head is at ``--lr``."""
+        if params is None and getattr(self, "head", None) is not None and self.body_lr() >= 0:
+            groups: dict[bool, list] = {True: [], False: []}
+            for name, p in self.trainable().items():
+                groups[name.startswith("head.")].append(p)
+            params = [{"params": groups[False], "lr": self.body_lr()}, {"params": groups[True]}]
+        return super().get_optimizer(params, lr)
+
     # ---- server
 
     def aggregate(self, replies) -> None:
         """Linear weights by regression, everything else by the weighted mean."""
+        super().aggregate(replies)
+        self.head.put(self.net.classifier)
+
+    def merged(self, current, replies, weights):
         grams = [self.unpack(r["gram.head"], self.head.weight.shape[1]) for r in replies]
         head = regression_merge(
             [r["head.weight"] for r in replies], grams, alpha=self.alpha[HEAD], dtype=self.solve_dtype
         )
-        self._own_merged = {**self.regress_body(replies), "head.weight": head}
-        super().aggregate(replies)
-        self.head.put(self.net.classifier)
+        regressed = {**self.regress_body(replies), "head.weight": head}
+        rest = {n: t for n, t in current.items() if n not in regressed}
+        return {**super().merged(rest, replies, weights), **regressed}
 
     def regress_body(self, replies) -> dict[str, Tensor]:
         """{name: merged weight} of what is merged by regression beside the head."""
         raise NotImplementedError
-
-    def merged(self, name, current, replies, weights):
-        return self._own_merged[name] if name in self._own_merged else super().merged(name, current, replies, weights)
 
     def unpack(self, packed: Tensor, d: int) -> Tensor:
         """The inverse of :meth:`pack` for inputs of size d."""
@@ -158,7 +172,7 @@ class RegMean(GramModel):
             square = (args.only_square, args.only_square)
             body = [n for n in body if "qkv" in n or tuple(backbone.get_submodule(n).weight.shape) == square]
         self.layers = [n for n in body if backbone.get_submodule(n).weight.requires_grad]
-        self._own_pretrained = {n: t.data for n, t in backbone.state_dict(keep_vars=True).items()}
+        self._own_pretrained = {n: t.data for n, t in self._averaged().items()} if self._individual else {}
         self.seen_grams: dict[str, Tensor] = {}  # sums over finished tasks (individual)
 
     def begin_task(self, dataset) -> None:
@@ -169,14 +183,8 @@ class RegMean(GramModel):
         rows = {f"head.{n}": p for n, p in head.named_parameters()} if head is not None else {}
         return {**super().trainable(), **rows}
 
-    def get_optimizer(self, params=None, lr=None):
-        """Two groups: the body at ``--lr_back``, the head at ``--lr``."""
-        if params is None and self.args.lr_back >= 0:
-            groups: dict[bool, list] = {True: [], False: []}
-            for name, p in self.trainable().items():
-                groups[name.startswith("head.")].append(p)
-            params = [{"params": groups[False], "lr": self.args.lr_back}, {"params": groups[True]}]
-        return super().get_optimizer(params, lr)
+    def body_lr(self) -> float:
+        return self.args.lr_back
 
     def local_loss(self, inputs, labels, client) -> Tensor:
         features = self.net(inputs, returnt="features")

@@ -25,6 +25,7 @@ class Scaffold(FedAvg):
 
     NAME = "scaffold"
     COMPATIBILITY = ["class-il", "domain-il", "task-il"]
+    STEP_NEEDS_BEFORE = False
 
     @staticmethod
     def get_parser(parser):
@@ -41,9 +42,10 @@ class Scaffold(FedAvg):
     def broadcast(self) -> Message:
         return Message({**super().broadcast(), **{f"c.{n}": c for n, c in self.control.items()}})
 
-    def merged(self, name, current, replies, weights):
-        mean = super().merged(name, current, replies, weights)
-        return current + self.args.scaffold_lr * (mean - current)
+    @torch.no_grad()
+    def merged(self, current, replies, weights):
+        means = super().merged(current, replies, weights)
+        return {n: current[n] + self.args.scaffold_lr * (mean - current[n]) for n, mean in means.items()}
 
     def aggregate(self, replies) -> None:
         super().aggregate(replies)

@@ -31,15 +31,12 @@ class TiesMerging(FedAvg):
         parser.add_argument("--ties_lambda", type=number(float), default=0.4, help="scale of the merged change")
         return parser
 
-    def aggregate(self, replies) -> None:
-        trained = self.trainable()
-        deltas = [torch.cat([(r[n] - p.data).flatten() for n, p in trained.items()]) for r in replies]
-        merged = ties_merge(deltas, self.args.ties_keep, reduce="mean", undecided="zero")
-        parts = merged.split([p.numel() for p in trained.values()])
-        self._own_change = {n: d.view_as(p) for (n, p), d in zip(trained.items(), parts, strict=True)}
-        super().aggregate(replies)
-
-    def merged(self, name, current, replies, weights):
-        if name not in self._own_change:  # running statistics are averaged
-            return super().merged(name, current, replies, weights)
-        return current.data + self.args.ties_lambda * self._own_change[name]
+    @torch.no_grad()
+    def merged(self, current, replies, weights):
+        merged, trained = super().merged(self.shared_buffers(), replies, weights), self.trainable()
+        deltas = [torch.cat([(r[n] - p).flatten() for n, p in trained.items()]) for r in replies]
+        change = ties_merge(deltas, self.args.ties_keep, reduce="mean", undecided="zero")
+        parts = change.split([p.numel() for p in trained.values()])
+        for (name, p), part in zip(trained.items(), parts, strict=True):
+            merged[name] = p + self.args.ties_lambda * part.view_as(p)
+        return merged

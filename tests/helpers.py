@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import random
 from collections import Counter
 from functools import cache
 from pathlib import Path
+
+import torch
 
 import main
 from datasets.utils.continual_dataset import BatchLoader
@@ -82,6 +85,20 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert without(rows(a / "summary.csv"), TIMES | {"run", "command"}) == without(
         rows(b / "summary.csv"), TIMES | {"run", "command"}
     )
+
+
+def inputs_of(net, loader):
+    """Inputs (n x d, float64) of every linear layer but the head in a copy of a network, and the features as 'head'."""
+    net, seen = copy.deepcopy(net).eval(), {}
+    for name, module in net.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "classifier":
+            module.register_forward_pre_hook(
+                lambda m, args, n=name: seen.setdefault(n, []).append(args[0].reshape(-1, args[0].shape[-1]).double())
+            )
+    with torch.no_grad():
+        for x, *_ in loader:
+            seen.setdefault("head", []).append(net(x, returnt="features").double())
+    return {n: torch.cat(x) for n, x in seen.items()}
 
 
 class Killed(BaseException):

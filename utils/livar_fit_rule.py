@@ -52,31 +52,27 @@ def best_weights(model, factors, images: Tensor, labels: Tensor, steps: int = 10
         images, labels: what the server can test on (normalised inputs, class indices of the task).
     """
     net, layers = model.net, list(factors[0])
-    shown = {n: net.get_submodule(n).weight.data for n in layers}
     rank = sum(f[layers[0]][0].shape[0] for f in factors)
     lora = LoRA(net, layers, rank, share_A=True, init="zeros")
     try:
-        for n in layers:
-            net.get_submodule(n).weight.data = model._own_pretrained[n]
         lora.reset({n: torch.cat([f[n][0] for f in factors]).detach() for n in layers})
         places = {n: (branch, "B") for n, _, branch in lora.branches()}
         Bs = {n: torch.stack([f[n][1].detach() for f in factors]) for n in layers}  # K x rows x r
         logits = torch.zeros(len(factors), len(layers), device=images.device, requires_grad=True)
         opt = torch.optim.Adam([logits], lr)
         net.eval()
-        for _ in range(steps):
-            y = logits.softmax(0)
-            scaled = {n: torch.cat(list(y[:, i, None, None] * Bs[n]), 1) for i, n in enumerate(layers)}
-            with in_place(places, scaled):
-                loss = F.cross_entropy(model.head(net(images, returnt="features")), labels)
-            opt.zero_grad()
-            loss.backward()
-            opt.step()
+        with model.weights_in_place(model._own_pretrained):  # for the backward passes, too
+            for _ in range(steps):
+                y = logits.softmax(0)
+                scaled = {n: torch.cat(list(y[:, i, None, None] * Bs[n]), 1) for i, n in enumerate(layers)}
+                with in_place(places, scaled):
+                    loss = F.cross_entropy(model.head(net(images, returnt="features")), labels)
+                opt.zero_grad()
+                loss.backward()
+                opt.step()
         return logits.detach().softmax(0)
     finally:
         lora.remove()
-        for n in layers:
-            net.get_submodule(n).weight.data = shown[n]
 
 
 def shapley(predict, x: np.ndarray, background: np.ndarray) -> tuple[float, np.ndarray]:

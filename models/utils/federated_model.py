@@ -58,6 +58,7 @@ class FederatedModel(ContinualModel):
     COMPATIBILITY = ["class-il", "domain-il", "task-il"]
     SCALES_LOSS = True
     PER_SAMPLE_LOSS = True  # whether ``local_loss`` gives a value for each sample
+    STEP_NEEDS_BEFORE = True  # whether ``on_step`` looks at ``before``, which costs a copy at every step
 
     # ---------------------------------------------------------------- what is trained, sent and averaged
 
@@ -107,12 +108,14 @@ class FederatedModel(ContinualModel):
         """theta <- sum_c w_c theta_c, w_c = n_c / sum n (``--avg_type weighted``) or 1 / #clients (``uniform``)."""
         weights = self.client_weights(replies)
         self._loss = sum(w * r["loss"] for w, r in zip(weights, replies, strict=True)) if "loss" in replies[0] else None
-        for name, tensor in {**self.trainable(), **self.shared_buffers()}.items():
-            tensor.data = self.merged(name, tensor, replies, weights).to(tensor.dtype)
+        current = {**self.trainable(), **self.shared_buffers()}
+        for name, value in self.merged(current, replies, weights).items():
+            current[name].data = value.to(current[name].dtype)
 
-    def merged(self, name: str, current: torch.Tensor, replies: list[Reply], weights: list[float]) -> torch.Tensor:
-        """The server's new value of one tensor: the weighted mean. ``current`` is the value it has."""
-        return weighted_mean([r[name] for r in replies], weights)
+    @torch.no_grad()
+    def merged(self, current: dict, replies: list[Reply], weights: list[float]) -> dict[str, torch.Tensor]:
+        """The server's new values of the tensors ``current`` {name: value so far}: the weighted means."""
+        return {name: weighted_mean([r[name] for r in replies], weights) for name in current}
 
     @property
     def last_loss(self) -> float | None:
@@ -177,10 +180,11 @@ class FederatedModel(ContinualModel):
             scaler.unscale_(opt)
         if self.args.clip_grad is not None:
             torch.nn.utils.clip_grad_norm_(trained.values(), self.args.clip_grad)
-        before = {n: p.detach().clone() for n, p in trained.items()} if self._watches_steps else None
+        keep = self._watches_steps and self.STEP_NEEDS_BEFORE
+        before = {n: p.detach().clone() for n, p in trained.items()} if keep else {}
         scaler.step(opt)
         scaler.update()
-        if before is not None:
+        if self._watches_steps:
             self.on_step(client, before, trained)
 
     def local_loss(self, inputs, labels, client) -> torch.Tensor:
@@ -207,8 +211,9 @@ class FederatedModel(ContinualModel):
         return Message({**self.trainable(), **self.shared_buffers()}, n_samples=client.n_samples).clone()
 
     def on_step(self, client, before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> None:
-        """After every optimiser step, with the trainable tensors on both sides of it (costs a copy if overridden).
+        """After every optimiser step, with the trainable tensors on both sides of it.
 
+        ``before`` is empty if the method says that it does not look at it (STEP_NEEDS_BEFORE).
         ``after[name].grad`` is the gradient the step was taken with: of loss and penalty, clipped, None if unused.
         """
 

@@ -6,6 +6,9 @@ current task alone. The server never trains: its network holds merged weights, i
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -52,10 +55,34 @@ class TaskLoRA(FedAvg):
         return B @ torch.cat([A.detach().to(dtype) for A in As])
 
     def show(self, deltas: dict[str, Tensor]) -> None:
-        """Test with W0 + delta: the rows that a layer's adapter covers get ``deltas[layer]`` (rows x d)."""
+        """Test with W0 + delta (``over_pretrained``)."""
+        self.put_weights(self.over_pretrained(deltas))
+
+    # ---------------------------------------------------------------- weights of the adapted layers
+
+    @torch.no_grad()
+    def over_pretrained(self, deltas: dict[str, Tensor]) -> dict[str, Tensor]:
+        """W0 + delta by layer: the rows that its adapter covers get ``deltas[layer]`` (rows x d)."""
+        weights = {}
         for layer, _, branch in self.lora.branches():
             W = self._own_pretrained[layer]
             total = W.to(wide(W), copy=True)
             for rows, part in branch.split(deltas[layer], -2):
                 total[rows] += part
-            self.lora.linear(layer).weight.data = total.to(W.dtype)
+            weights[layer] = total.to(W.dtype)
+        return weights
+
+    def put_weights(self, weights: dict[str, Tensor]) -> None:
+        """Give the adapted layers these weights, as new tensors of theirs."""
+        for layer, W in weights.items():
+            self.lora.linear(layer).weight.data = W
+
+    @contextmanager
+    def weights_in_place(self, weights: dict[str, Tensor]) -> Iterator[None]:
+        """Within the block, the adapted layers have these weights."""
+        mine = {layer: self.lora.linear(layer).weight.data for layer in weights}
+        self.put_weights(weights)
+        try:
+            yield
+        finally:
+            self.put_weights(mine)

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from federated.client import Client
 from models.utils.merging import regression_merge
+from tests.helpers import inputs_of
 from utils.args import parse_args
 from utils.errors import UserError
 
@@ -40,21 +41,14 @@ def pairs_of(w):
     return pairs
 
 
-def inputs_of(net, deltas, loader):
-    """{layer: inputs (n x d) in float64} of a copy of the network with W0 + delta, and the features as 'head'."""
-    net = copy.deepcopy(net).eval()
-    seen: dict[str, list] = {}
+def with_update(net, deltas):
+    """A copy of the network with W0 + delta and nothing grafted on it."""
+    net = copy.deepcopy(net)
     for layer, delta in deltas.items():
         linear = net.get_submodule(layer)
         linear._forward_hooks.clear()
         linear.weight.data = (linear.weight.data.double() + delta).float()
-        linear.register_forward_pre_hook(
-            lambda m, args, n=layer: seen.setdefault(n, []).append(args[0].reshape(-1, args[0].shape[-1]).double())
-        )
-    with torch.no_grad():
-        for x, *_ in loader:
-            seen.setdefault("head", []).append(net(x, returnt="features").double())
-    return {n: torch.cat(x) for n, x in seen.items()}
+    return net
 
 
 def gram(X, alpha):
@@ -99,7 +93,7 @@ def test_the_run_equals_its_equations(rig, wire, flags, body, head, model):
             grams, weights = [], []
             for w in calls:
                 client = Client(w.client, r.dataset, r.partition.indices(task, w.client), {}, r.args, task, k, "x")
-                X = inputs_of(pretrained, weights_of_grams(task, pairs_of(w)), client.stat_loader())
+                X = inputs_of(with_update(pretrained, weights_of_grams(task, pairs_of(w))), client.stat_loader())
                 grams.append({n: gram(x, head if n == "head" else body) for n, x in X.items()})
                 weights.append(pairs_of(w))
             for layer, pair in r.model.factors().items():
@@ -126,7 +120,7 @@ def test_the_run_equals_its_equations(rig, wire, flags, body, head, model):
         G = 0
         for i in range(3):
             client = Client(i, r.dataset, r.partition.indices(task, i), {}, r.args, task, -1, "x")
-            X = inputs_of(pretrained, weights_of_grams(task, merged), client.stat_loader())
+            X = inputs_of(with_update(pretrained, weights_of_grams(task, merged)), client.stat_loader())
             own = {n: gram(x, body) for n, x in X.items() if n != "head"}
             G = own if not G else {n: G[n] + own[n] for n in own}
         past.append({n: B @ A for n, (A, B) in merged.items()})

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from models.utils.gpm import unpack_triu
+from tests.helpers import inputs_of
 
 FAST = "--model regmean --fl --num_clients 3 --num_comm_rounds 2 --n_epochs 1 --batch_size 16 --debug_mode 1"
 SMALL = "--optimizer adam --lr 0.002"
@@ -14,20 +15,6 @@ VIT = "--dataset seq-digits --backbone vit-pocket --pretrained 1 --device cpu"
 
 def calls(wire, round_, task=0, call="local_update"):
     return [w for w in wire if (w.call, w.task, w.round) == (call, task, round_)]
-
-
-def inputs_of(net, loader):
-    """Inputs (n x d) of every linear layer but the head, and the features as 'head'."""
-    net, seen = copy.deepcopy(net).eval(), {}
-    for name, module in net.named_modules():
-        if isinstance(module, torch.nn.Linear) and name != "classifier":
-            module.register_forward_pre_hook(
-                lambda m, args, n=name: seen.setdefault(n, []).append(args[0].reshape(-1, args[0].shape[-1]).double())
-            )
-    with torch.no_grad():
-        for x, *_ in loader:
-            seen.setdefault("head", []).append(net(x, returnt="features").double())
-    return {n: torch.cat(x) for n, x in seen.items()}
 
 
 def scaled(G, alpha):
