@@ -93,7 +93,7 @@ def _tasks(session: Session, engine, ledger: Ledger, partition) -> None:
                 server.round(group(participants(args, ids, task, r), r), r)
                 loss = server.last_loss
             if args.eval_every and (r + 1) % args.eval_every == 0 and r + 1 < args.num_comm_rounds:
-                row = session.measure(task, r, {"loss": loss, **session.traffic()})
+                row = session.measure(task, r, {"loss": loss, **server.report(), **session.traffic()})
                 session.report(row, task, f"round {r + 1}/{args.num_comm_rounds}")
             elif r + 1 < args.num_comm_rounds:
                 run.say(
@@ -108,5 +108,7 @@ def _tasks(session: Session, engine, ledger: Ledger, partition) -> None:
             server.meta_end_task(dataset)
         traffic.update()
         session.cursor = {"task": task + 1, "step": 0}
-        session.report(session.measure(task, None, {"loss": loss, **session.traffic()}), task, "done")
+        session.report(
+            session.measure(task, None, {"loss": loss, **server.report(), **session.traffic()}), task, "done"
+        )
         session.boundary("task")

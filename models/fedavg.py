@@ -95,9 +95,6 @@ class FedAvg(FederatedModel):
             self.head.put(self.net.classifier)
 
     def local_loss(self, inputs, labels, client) -> torch.Tensor:
-        if self.head is not None:
-            features = self.net(inputs, returnt="features")
-            return F.cross_entropy(self.head(features), labels - self.n_past_classes, reduction="none")
         if getattr(self.args, "ce_classes", "current") == "seen":
             return F.cross_entropy(self.net(inputs)[:, : self.n_seen_classes], labels, reduction="none")
-        return self.masked_cross_entropy(self.net(inputs), labels)
+        return super().local_loss(inputs, labels, client)

@@ -22,6 +22,9 @@ every round. Every choice has a flag of its own, which wins over the mode.
 The method is about one task (``--joint 1``). Over several tasks (a reconstruction) importances start anew, only the
 rows of the task are merged, and the tested update is the mean over tasks. Gradients are unscaled before they are
 looked at, which the released code omits in float16.
+
+``--livar_ccvr 1``, an ablation of the paper, calibrates the classifier after every round (models/utils/calibrated.py)
+on the same pass: clients also send the means and variances of their classes. Over several tasks that is all classes.
 """
 
 from __future__ import annotations
@@ -34,8 +37,11 @@ import torch
 from torch import Tensor
 
 from federated.message import Message
+from models.utils.calibrated import Calibrated, add_calibration_args
 from models.utils.merging import low_rank_sum, weighted_mean, wide
+from models.utils.prototypes import ClassStats
 from models.utils.task_lora import TaskLoRA
+from utils.args import flag01
 from utils.errors import UserError
 
 # Rows: I_B below, within, above its two thresholds; columns: I_A likewise. Released code.
@@ -110,7 +116,7 @@ def head_weights(rule: str, variance: Tensor, counts: Tensor) -> Tensor:
     return torch.where(total > 0, raw / total, 0)
 
 
-class Livar(TaskLoRA):
+class Livar(Calibrated, TaskLoRA):
     """LoRA merged by importances, the head by variances."""
 
     NAME = "livar"
@@ -158,6 +164,8 @@ class Livar(TaskLoRA):
             default="var",
             help="weights of clients in a row of the head",
         )
+        add("--livar_ccvr", type=flag01, default=0, nargs="?", const=1, help="calibrate the classifier after a round")
+        add_calibration_args(parser, rebalance_sched="cosine")
         return parser
 
     def __init__(self, backbone, loss, args, transform, dataset=None):
@@ -168,6 +176,10 @@ class Livar(TaskLoRA):
         if kind not in ("table", "uniform", "count", "fitted") or (kind == "fitted") != bool(path):
             raise UserError(f"--livar_rule {args.livar_rule!r}: choose from table, uniform, count, fitted:FILE")
         self._own_rule = read_rule(path) if path else RULE
+        if not args.livar_ccvr:
+            args.rebalance_scope = "none"
+        elif args.proto_model == "global" or args.rebalance_when != "round":
+            raise UserError("--livar_ccvr takes the clients' own statistics in every round: --proto_model local")
         super().__init__(backbone, loss, args, transform, dataset)
         self.folded: dict[str, Tensor] = {}  # the task's dense update (product_fold)
         self.fold_version = 0
@@ -273,6 +285,10 @@ class Livar(TaskLoRA):
         return self.args.livar_rule not in ("uniform", "count")
 
     @property
+    def _needs_statistics(self) -> bool:
+        return super()._needs_statistics or self.args.livar_head in ("var", "var_count", "inv_var")
+
+    @property
     def _watches_steps(self) -> bool:
         return self._needs_importance
 
@@ -299,38 +315,32 @@ class Livar(TaskLoRA):
         if self._needs_importance:
             I_A, I_B = client.state["importance"].clone()
             reply = Message({**reply, "importance.A": I_A, "importance.B": I_B})
-        if self.args.livar_head in ("var", "var_count", "inv_var"):
-            variance, counts = self.feature_variance(client)
-            reply = Message({**reply, "variance": variance, "counts": counts})
         return reply
 
-    @torch.no_grad()
-    def feature_variance(self, client) -> tuple[Tensor, Tensor]:
-        """s_kc and n_kc (C,) of the task's classes; s is 0 where the client has fewer than two samples.
+    def statistics(self, client) -> Message:
+        """``variance`` and ``counts`` (C,), s_kc and n_kc of the task's classes, and prototypes for the calibration.
 
-        Features of the frozen network are the same in every round: their variances are kept for the task.
+        s is 0 where the client has fewer than two samples. Features of the frozen network are the same in every round:
+        what they give is kept for the task.
         """
-        frozen = self.args.livar_features != "adapted"
-        if frozen and "variance" in client.state:
-            return client.state["variance"], client.state["counts"]
-        self.net.eval()
-        start, C = self.n_past_classes, self.n_classes_current_task
-        sums = squares = counts = 0
+        a = self.args
+        frozen = a.livar_features != "adapted"
+        if frozen and "statistics" in client.state:
+            return Message(client.state["statistics"])
+        stats = ClassStats(self.n_past_classes, self.n_classes_current_task, a.proto_cov == "full", a.proto_clip)
         with ExitStack() as stack:
             if frozen:
                 stack.enter_context(self.weights_in_place(self._own_pretrained))
                 stack.enter_context(self.lora.disabled())
-            for inputs, labels in client.stat_loader(raw=self.args.livar_features == "frozen_raw"):
-                z = self.net(inputs, returnt="features").to(wide(inputs))
-                of_class = torch.nn.functional.one_hot(labels - start, C).to(z)
-                sums, squares, counts = (
-                    sums + of_class.T @ z,
-                    squares + of_class.T @ z.square(),
-                    counts + of_class.sum(0),
-                )
-        n = counts[:, None]
-        variance = (squares - sums.square() / n.clamp(min=1)) / (n - 1).clamp(min=1)
-        s = torch.where(counts > 1, variance.clamp(min=0).mean(1), 0).float()
+            for _ in range(a.proto_passes):
+                raw = a.livar_features == "frozen_raw"
+                self.add_features(stats, client.stat_loader(augment=a.proto_passes > 1 and not raw, raw=raw))
+        reply = {}
+        if a.livar_head in ("var", "var_count", "inv_var"):
+            variances = stats.spreads().diagonal(dim1=-2, dim2=-1) if stats.full else stats.spreads()
+            reply = {"variance": variances.mean(1).float(), "counts": (stats.counts / a.proto_passes).float()}
+        if a.livar_ccvr:
+            reply |= stats.message(a.proto_min_samples, a.proto_passes, a.proto_noise, client.generator)
         if frozen:
-            client.state.update(variance=s, counts=counts.float())
-        return s, counts.float()
+            client.state["statistics"] = reply
+        return Message(reply)

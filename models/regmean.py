@@ -21,15 +21,14 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from backbones.utils.head import HeadRows
 from backbones.utils.moments import InputMoments
 from backbones.utils.targets import linear_layers
 from federated.message import Message
 from models.utils.federated_model import FederatedModel
 from models.utils.gpm import pack_triu, unpack_triu
+from models.utils.head_rows import HeadRowsModel
 from models.utils.merging import merge_layers, regression_merge
 from utils.args import flag01, number
 
@@ -92,27 +91,10 @@ class GramModel(FederatedModel):
         """A Gram matrix as it travels: its upper triangle, or its diagonal as it is."""
         return pack_triu(G) if G.dim() == 2 else G
 
-    def body_lr(self) -> float:
-        """The learning rate of what is trained beside the head; below 0: ``--lr``."""
-        raise NotImplementedError
-
-    def get_optimizer(self, params=None, lr=None):
-        """Two groups where the body has a rate of its own; the head is at ``--lr``."""
-        if params is None and getattr(self, "head", None) is not None and self.body_lr() >= 0:
-            groups: dict[bool, list] = {True: [], False: []}
-            for name, p in self.trainable().items():
-                groups[name.startswith("head.")].append(p)
-            params = [{"params": groups[False], "lr": self.body_lr()}, {"params": groups[True]}]
-        return super().get_optimizer(params, lr)
-
     # ---- server
 
-    def aggregate(self, replies) -> None:
-        """Linear weights by regression, everything else by the weighted mean."""
-        super().aggregate(replies)
-        self.head.put(self.net.classifier)
-
     def merged(self, current, replies, weights):
+        """Linear weights by regression, everything else by the weighted mean."""
         grams = [self.unpack(r["gram.head"], self.head.weight.shape[1]) for r in replies]
         head = regression_merge(
             [r["head.weight"] for r in replies], grams, alpha=self.alpha[HEAD], dtype=self.solve_dtype
@@ -130,7 +112,7 @@ class GramModel(FederatedModel):
         return packed if packed.shape[-1] == d and d > 1 else unpack_triu(packed)
 
 
-class RegMean(GramModel):
+class RegMean(GramModel, HeadRowsModel):
     """Whole networks, merged by regression."""
 
     NAME = "regmean"
@@ -162,11 +144,9 @@ class RegMean(GramModel):
         return parser
 
     def __init__(self, backbone, loss, args, transform, dataset=None):
-        backbone.classifier.requires_grad_(False)
         args.gram_norm = args.gram_norm or ("sum" if args.fl else "mean")
         args.regmean_tasks = args.regmean_tasks or ("sequential" if args.fl else "individual")
         super().__init__(backbone, loss, args, transform, dataset)
-        self.head = HeadRows()
         body = [n for n in linear_layers(backbone, "*") if n != "classifier"] if args.regmean_all else []
         if args.only_square:
             square = (args.only_square, args.only_square)
@@ -175,20 +155,8 @@ class RegMean(GramModel):
         self._own_pretrained = {n: t.data for n, t in self._averaged().items()} if self._individual else {}
         self.seen_grams: dict[str, Tensor] = {}  # sums over finished tasks (individual)
 
-    def begin_task(self, dataset) -> None:
-        self.head.take(self.net.classifier, self.n_past_classes, self.n_seen_classes)
-
-    def trainable(self):
-        head = getattr(self, "head", None)
-        rows = {f"head.{n}": p for n, p in head.named_parameters()} if head is not None else {}
-        return {**super().trainable(), **rows}
-
     def body_lr(self) -> float:
         return self.args.lr_back
-
-    def local_loss(self, inputs, labels, client) -> Tensor:
-        features = self.net(inputs, returnt="features")
-        return F.cross_entropy(self.head(features), labels - self.n_past_classes, reduction="none")
 
     # ---------------------------------------------------------------- server
 

@@ -80,7 +80,7 @@ def add_general_args(parser: ArgumentParser) -> None:
         help="network; default: the data set's. One of " + ", ".join(scan("backbones")),
     )
     g.add_argument("--fl", action="store_true", help="federated: clients, rounds and a server instead of one trainer")
-    g.add_argument("--model_config", default="default", help="section of models/config/<model>.yaml to use")
+    g.add_argument("--model_config", "--preset", default="default", help="section of models/config/<model>.yaml to use")
     g.add_argument("--dataset_config", default=None, help="name of datasets/configs/<dataset>/<name>.yaml")
     g.add_argument("--seed", type=count, default=0, help="seeds everything random")
     g.add_argument(
@@ -204,6 +204,14 @@ def add_general_args(parser: ArgumentParser) -> None:
         nargs="?",
         const=1,
         help="also test on tasks not seen yet, which forward transfer needs",
+    )
+    g.add_argument(
+        "--measure_federated_bias",
+        type=flag01,
+        default=0,
+        nargs="?",
+        const=1,
+        help="with --fl: test every client's own model before it is merged, on the task's classes",
     )
     g.add_argument("--stop_after", type=positive, default=None, help="stop after this many tasks")
     g.add_argument("--debug_mode", type=flag01, default=0, nargs="?", const=1, help="a few batches per epoch only")
@@ -377,7 +385,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         fl = "--fl" in argv or _implied_fl(cls, argv)
         defaults = data_cls.defaults(fl)
         chosen = dataset_config(dataset, _peek(argv, "--dataset_config"))
-        config = model_config(model, dataset, _peek(argv, "--model_config") or "default", fl)
+        config = model_config(model, dataset, _peek(argv, "--model_config", "--preset") or "default", fl)
         for settings in (defaults, chosen, config):
             backbone = (
                 settings.get("backbone", backbone) if _peek(argv, "--backbone", "--network") is None else backbone

@@ -9,6 +9,7 @@ import torch
 from backbones.utils.base import Backbone
 from models.utils.continual_model import ContinualModel
 from utils.checkpoints import digest
+from utils.metrics import prediction_bias, summary_metrics
 
 EVAL_BATCH = 256
 
@@ -48,7 +49,7 @@ class Features:
 
 
 @torch.no_grad()
-def evaluate(model, dataset, tasks, features: Features | None = None) -> tuple[list[float], list[float]]:
+def evaluate(model, dataset, tasks, features: Features | None = None) -> tuple[list[float], list[float], list[float]]:
     """Accuracy in % on each of ``tasks`` with the model as it is.
 
     Class-IL takes the best of all classes seen so far (all there are, for a task not seen yet); task-IL the best
@@ -59,11 +60,13 @@ def evaluate(model, dataset, tasks, features: Features | None = None) -> tuple[l
         features: remembers the features of test images between calls, where that changes nothing.
 
     Returns:
-        (class-IL, task-IL), a value for each task.
+        (class-IL, task-IL, share): accuracies, a value for each task, and the share of class-IL predictions that go to
+        each class seen so far, over test images of the seen classes, each class counting the same.
     """
     was_training = model.training, model.net.training
     model.eval()
-    class_il, task_il = [], []
+    class_il, task_il, classes = [], [], model.n_seen_classes
+    said = torch.zeros(classes * classes, device=model.device)  # (class, prediction), flat
     keep = features is not None and features.usable(model)
     for task in tasks:
         start, end = dataset.get_offsets(task)
@@ -74,14 +77,20 @@ def evaluate(model, dataset, tasks, features: Features | None = None) -> tuple[l
         batches = features.batches(model, task, loader) if keep else ((model(x), y) for x, y in loader)
         for logits, labels in batches:
             width = min(seen, logits.shape[1])
-            right = right + (logits[:, :width].argmax(1) == labels).sum()
+            predicted = logits[:, :width].argmax(1)
+            right = right + (predicted == labels).sum()
+            if end <= classes:
+                said += torch.bincount(labels * classes + predicted, minlength=classes * classes)
             right_task = right_task + (logits[:, start:end].argmax(1) + start == labels).sum()
             n = n + len(labels)
         class_il.append(100 * float(right) / float(n))
         task_il.append(100 * float(right_task) / float(n))
     model.train(was_training[0])
     model.net.train(was_training[1])
-    return class_il, task_il
+    said = said.view(classes, classes)
+    tested = said.sum(1) > 0
+    share = (said[tested] / said[tested].sum(1, keepdim=True)).mean(0) if tested.any() else said[0] * float("nan")
+    return class_il, task_il, share.tolist()
 
 
 class Results:
@@ -90,6 +99,7 @@ class Results:
     Attributes:
         class_il, task_il: lists of rows, row i measured after task i over all evaluation tasks (nan: not evaluated).
         random: class-IL and task-IL accuracies of the untrained model, for forward transfer; None if not measured.
+        bias: what the last measurement says of prediction bias (``incremental_bias``, ``prediction_kl``).
     """
 
     def __init__(self, dataset, args) -> None:
@@ -97,6 +107,7 @@ class Results:
         self.class_il: list[list[float]] = []
         self.task_il: list[list[float]] = []
         self.random: list[list[float]] | None = None
+        self.bias: dict[str, float | None] = {}
         self.features = Features()
 
     def tasks(self, after: int) -> list[int]:
@@ -108,25 +119,26 @@ class Results:
         """A row of both matrices, padded with nan."""
         tasks = self.tasks(after)
         pad = [float("nan")] * (self.dataset.n_eval_tasks - len(tasks))
-        class_il, task_il = evaluate(model, self.dataset, tasks, self.features)
+        class_il, task_il, share = evaluate(model, self.dataset, tasks, self.features)
+        self.bias = prediction_bias(share, model.n_past_classes)
         return class_il + pad, task_il + pad
 
     def state(self) -> dict:
-        return {"class_il": self.class_il, "task_il": self.task_il, "random": self.random}
+        return {"class_il": self.class_il, "task_il": self.task_il, "random": self.random, "bias": self.bias}
 
     def load(self, state: dict) -> None:
         self.class_il, self.task_il, self.random = state["class_il"], state["task_il"], state["random"]
+        self.bias = state["bias"]
 
     def summary(self) -> dict:
         """The metrics of utils/metrics.py over what has been measured."""
         import numpy as np
 
-        from utils.metrics import summary_metrics
-
         n_tasks = self.dataset.n_eval_tasks
         counts = [len(self.dataset.task_indices(t, train=False)) for t in range(n_tasks)]
         # rows of tasks to come, so that one task of many is not taken for joint training
         pad = [] if self.args.joint else [[float("nan")] * n_tasks] * (n_tasks - len(self.class_il))
-        return summary_metrics(
+        accuracy = summary_metrics(
             np.array(self.class_il + pad), np.array(self.task_il + pad), counts, *(self.random or (None, None))
         )
+        return accuracy | self.bias

@@ -130,6 +130,53 @@ def forward_transfer(R: ArrayLike, random: ArrayLike | None) -> float | None:
     return _mean(ahead - random[1 : 1 + len(ahead)])
 
 
+def kl_from_uniform(share: ArrayLike) -> float | None:
+    """KL(share || uniform) / log C for shares (C,) that add up to one: 0 for equal shares, 1 if one has all."""
+    p = np.asarray(share, dtype=np.float64)
+    if len(p) < 2 or not np.isfinite(p).all():
+        return None
+    some = p[p > 0]
+    return float((some * np.log(some * len(p))).sum() / np.log(len(p)))
+
+
+def prediction_bias(share: ArrayLike, past: int) -> dict[str, float | None]:
+    """Where class-IL predictions go, on test images of which each seen class has as many.
+
+    Args:
+        share: (S,) the share of predictions that go to each class seen so far. past: how many classes are older than
+            the current task.
+
+    Returns:
+        ``incremental_bias``, the share of the current task's classes beyond their due, in [-C_t/S, 1 - C_t/S] (HGP,
+        arXiv 2406.02447, names the bias; the measure is ours), None in the first task, and ``prediction_kl``
+        (:func:`kl_from_uniform`).
+    """
+    p = np.asarray(share, dtype=np.float64)
+    new = float(p[past:].sum() - (len(p) - past) / len(p)) if 0 < past < len(p) else None
+    return {"incremental_bias": new if new is None or np.isfinite(new) else None, "prediction_kl": kl_from_uniform(p)}
+
+
+def federated_bias(share: ArrayLike, labels: ArrayLike) -> dict[str, float | None]:
+    """What a client's own model prefers among the task's classes, before aggregation.
+
+    Args:
+        share: (C,) of its predictions on test images of which each class has as many. labels: (C,) its samples.
+
+    Returns:
+        ``federated_bias``, KL of the share from uniform over log C, and ``federated_bias_js``, the Jensen-Shannon
+        divergence between share and label distribution over log 2: small if predictions lean where the labels do.
+    """
+    p, q = np.asarray(share, dtype=np.float64), np.asarray(labels, dtype=np.float64)
+    q = q / q.sum()
+    m = (p + q) / 2
+
+    def kl(a):
+        some = a > 0
+        return (a[some] * np.log(a[some] / m[some])).sum()
+
+    return {"federated_bias": kl_from_uniform(p), "federated_bias_js": float((kl(p) + kl(q)) / 2 / np.log(2))}
+
+
 def summary_metrics(
     class_il: ArrayLike,
     task_il: ArrayLike | None,

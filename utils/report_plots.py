@@ -17,7 +17,9 @@ if TYPE_CHECKING:  # imported where used
     from matplotlib.image import AxesImage
     from pandas import DataFrame
 
-LOWER_IS_BETTER = re.compile(r"forgetting|.*_mb$|.*_seconds$|.*memory|trainable_params$")
+LOWER_IS_BETTER = re.compile(
+    r"forgetting|.*_mb$|.*_seconds$|.*memory|trainable_params$|incremental_bias|prediction_kl|federated_bias$"
+)
 HIGHER_IS_BETTER = re.compile(r"faa|avg_inc_acc|bwt|fwt")
 ANSI = re.compile(r"\033\[\dm")
 # Okabe and Ito's palette, which colour-blind readers can tell apart; line styles and markers tell its repeats apart.

@@ -144,6 +144,7 @@ class Session:
             "round": -1 if step is None else step,
             "faa": sum(seen) / len(seen),
             "faa_task_il": sum(seen_task) / len(seen_task),
+            **self.results.bias,
             **(extra or {}),
             "train_seconds": round(self.run.clock["train"], 3),
         }

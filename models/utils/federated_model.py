@@ -27,6 +27,7 @@ from torch import nn
 from federated.message import Message, Reply
 from models.utils.continual_model import ContinualModel
 from models.utils.merging import weighted_mean
+from utils.metrics import federated_bias
 
 
 def share_backbone(net: nn.Module) -> nn.Module:
@@ -78,6 +79,19 @@ class FederatedModel(ContinualModel):
     def get_parameters(self) -> Iterable[nn.Parameter]:
         return list(self.trainable().values())
 
+    def body_lr(self) -> float:
+        """The learning rate of what is trained beside the rows ``head.*``; below 0: ``--lr``, as theirs."""
+        return -1.0
+
+    def get_optimizer(self, params=None, lr=None):
+        """Two groups where the body has a rate of its own."""
+        if params is None and getattr(self, "head", None) is not None and self.body_lr() >= 0:
+            groups: dict[bool, list] = {True: [], False: []}
+            for name, p in self.trainable().items():
+                groups[name.startswith("head.")].append(p)
+            params = [{"params": groups[False], "lr": self.body_lr()}, {"params": groups[True]}]
+        return super().get_optimizer(params, lr)
+
     def places(self) -> dict[str, tuple[nn.Module, str]]:
         """{name: (module, name within it)} of what is trained; tensors that belong to no module are missing."""
         names = {id(p): n for n, p in self.trainable().items()}
@@ -108,6 +122,8 @@ class FederatedModel(ContinualModel):
         """theta <- sum_c w_c theta_c, w_c = n_c / sum n (``--avg_type weighted``) or 1 / #clients (``uniform``)."""
         weights = self.client_weights(replies)
         self._loss = sum(w * r["loss"] for w, r in zip(weights, replies, strict=True)) if "loss" in replies[0] else None
+        biases = [n for n in replies[0] if n.startswith("federated_bias")]
+        self.measured = {n: sum(r[n] for r in replies) / len(replies) for n in biases}
         current = {**self.trainable(), **self.shared_buffers()}
         for name, value in self.merged(current, replies, weights).items():
             current[name].data = value.to(current[name].dtype)
@@ -121,6 +137,10 @@ class FederatedModel(ContinualModel):
     def last_loss(self) -> float | None:
         """Mean training loss of the last round, for the reader."""
         return self._loss if hasattr(self, "_loss") else None
+
+    def report(self) -> dict:
+        """Columns for rounds.csv: what the clients' own models of the last round were measured to be, on average."""
+        return getattr(self, "measured", {})
 
     def client_weights(self, replies: list[Reply]) -> list[float]:
         """The weights of the mean, one per reply, adding up to one."""
@@ -158,9 +178,27 @@ class FederatedModel(ContinualModel):
             self.net.train(learns)
 
     def reply_of(self, client, loss: float) -> Message:
-        """``after_local`` with the mean training loss."""
+        """``after_local`` with the mean training loss and, with ``--measure_federated_bias``, the client's bias."""
+        bias = self.measure_bias(client) if self.args.measure_federated_bias else {}
         reply = self.after_local(client)
-        return reply if "loss" in reply else Message(reply, loss=loss)
+        return Message({**reply, **bias, **({} if "loss" in reply else {"loss": loss})})
+
+    @torch.no_grad()
+    def measure_bias(self, client) -> dict[str, float]:
+        """``federated_bias`` of this client's model as it is, over test images of the current task's classes."""
+        training, start, C = self.net.training, self.n_past_classes, self.n_classes_current_task
+        self.net.eval()
+        said = torch.zeros(C * C, device=self.device)
+        indices = self.dataset.task_indices(client.task, train=False)
+        for x, y in self.dataset.loader(indices, client.task, 256, train=False, device=self.device):
+            said += torch.bincount((y - start) * C + self.task_logits(x).argmax(1), minlength=C * C)
+        said = said.view(C, C)
+        labels = torch.zeros(C)
+        for _, y in client.stat_loader():
+            labels += torch.bincount(y.cpu() - start, minlength=C)
+        self.net.train(training)
+        share = (said / said.sum(1, keepdim=True).clamp(min=1)).mean(0)
+        return {n: v for n, v in federated_bias(share.tolist(), labels.tolist()).items() if v is not None}
 
     def observe(self, inputs, labels, not_aug_inputs, epoch=None) -> torch.Tensor:
         """One step: zero_grad, ``local_loss``, backward, step. Returns the loss, detached and not yet on the host."""
@@ -194,7 +232,7 @@ class FederatedModel(ContinualModel):
         every method. A method whose loss does not split by sample may return a scalar; it trains one client at a time
         on every engine and says so with ``PER_SAMPLE_LOSS = False``.
         """
-        return self.masked_cross_entropy(self.net(inputs), labels)
+        return F.cross_entropy(self.task_logits(inputs), labels - self.n_past_classes, reduction="none")
 
     def local_penalty(self, trained: dict[str, torch.Tensor], client) -> torch.Tensor | None:
         """A scalar added to the mean loss that depends on the trained tensors ``{name: tensor}`` alone, or None.
@@ -223,10 +261,16 @@ class FederatedModel(ContinualModel):
 
     # ---------------------------------------------------------------- helpers
 
-    def masked_cross_entropy(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy (B,) over the current task's columns; gradients of all other columns are exactly zero."""
-        start, end = self.n_past_classes, self.n_seen_classes
-        return F.cross_entropy(logits[:, start:end], labels - start, reduction="none")
+    def features(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Features (B, d) of a batch of inputs."""
+        return self.net(inputs, returnt="features")
+
+    def task_logits(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Logits (B, C_t) of the current task's classes, by the rows ``head`` of a method that trains some."""
+        head = getattr(self, "head", None)
+        if head is None:
+            return self.net(inputs)[:, self.n_past_classes : self.n_seen_classes]
+        return head(self.features(inputs))
 
     def load(self, message: Message) -> None:
         """Copy the broadcast into what this worker trains."""

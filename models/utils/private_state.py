@@ -178,7 +178,7 @@ class PrivateStateModel(FederatedModel):
             loss, n = train_epoch(inner, view.train_loader, view, epoch)
             total, steps = total + loss, steps + n
         self._leave(client, view)
-        return Message(self.after_local(client), loss=float(total) / max(steps, 1))
+        return self.reply_of(client, float(total) / max(steps, 1))
 
     def finish_task(self, message: Message, client) -> Message:
         """``end_task`` with the global weights in place."""

@@ -33,8 +33,9 @@ PARTITIONS = ("--partition_mode distribution --distribution_alpha 0.5", "--parti
 # Adam divides gradients by their size, and makes steps of those that are all rounding (as some are without pretrained
 # weights). How much differs depends on the processor's kernels: no method has Adam here; below, in float64, some have.
 PLAIN = "--optimizer sgd --lr 0.01"
-# in float64: a quantile puts an entry on one side or the other, and a solve with dead units magnifies rounding
-DOUBLE = {"ties_merging": "", "regmean": " --gram_dtype 64"}
+# in float64: a quantile puts an entry on one side or the other; solves with dead units and the roots of singular
+# covariances magnify rounding
+DOUBLE = {"ties_merging": "", "regmean": " --gram_dtype 64", "ccvr": "", "slca": ""}
 
 
 def state(r) -> dict[str, torch.Tensor]:

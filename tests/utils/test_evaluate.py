@@ -2,10 +2,13 @@
 
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from federated.client import Client
+from tests.helpers import only_folder, rows, run, small_args
 from utils.evaluate import Features, evaluate
 
 FAST = "--fl --num_clients 3 --num_comm_rounds 1 --n_epochs 1 --batch_size 16 --debug_mode 1"
@@ -126,3 +129,48 @@ def test_adapters_are_part_of_the_compiled_network(rig):
     assert (without - plain).abs().max() > 0.1
     grads = torch.autograd.grad(worker.net(x).sum(), [p for *_, p in worker.lora])
     assert all(g.abs().sum() > 0 for g in grads)
+
+
+def test_shares_of_predictions_count_every_class_the_same(rig):
+    """Against a loop over test images, with a test set of unequal classes."""
+    r = rig(HEAD).begin(0).round(0, 0).end(0).begin(1).round(1, 0)
+    *_, share = evaluate(r.model, r.dataset, [0, 1])
+    want = np.zeros(4)
+    labels = np.concatenate([r.dataset.eval_labels[r.dataset.task_indices(t, train=False)] for t in (0, 1)])
+    for t in (0, 1):
+        indices = r.dataset.task_indices(t, train=False)
+        with torch.no_grad():
+            for x, y in r.dataset.loader(indices, t, 7, train=False, device=r.model.device):
+                for p, c in zip(r.model(x)[:, :4].argmax(1).tolist(), y.tolist(), strict=True):
+                    want[p] += 1 / (labels == c).sum() / 4
+    assert share == pytest.approx(want.tolist(), abs=1e-5) and sum(share) == pytest.approx(1)
+
+
+def test_bias_is_in_the_csv(tmp_path):
+    argv = [*small_args("fedavg", True), "--stop_after=2", "--measure_federated_bias=1"]
+    assert run(argv, tmp_path) == 0
+    table = rows(only_folder(tmp_path) / "rounds.csv")
+    assert table[0]["incremental_bias"] == "" and -0.5 <= float(table[1]["incremental_bias"]) <= 0.5
+    assert all(
+        0 <= float(row[c]) <= 1 for row in table for c in ("prediction_kl", "federated_bias", "federated_bias_js")
+    )
+    assert rows(only_folder(tmp_path) / "summary.csv")[0]["incremental_bias"] == table[1]["incremental_bias"]
+
+
+def test_federated_bias_is_that_of_the_clients_own_model(rig):
+    """By hand: predictions of one client's model after its training on test images of the task."""
+    r = rig(f"{HEAD} --measure_federated_bias 1").begin(0)
+    r.worker.enter_task(0)
+    client = Client(1, r.dataset, r.partition.indices(0, 1), {}, r.args, 0, 0, "x")
+    reply = r.worker.local_update(r.model.broadcast(), client)
+    W, b = reply["head.weight"], reply["head.bias"]
+    said = np.zeros((2, 2))
+    with torch.no_grad():
+        for x, y in r.dataset.loader(r.dataset.task_indices(0, train=False), 0, 50, train=False, device="cpu"):
+            for p, c in zip(
+                (r.worker.net(x, returnt="features") @ W.T + b).argmax(1).tolist(), y.tolist(), strict=True
+            ):
+                said[c, p] += 1
+    share = (said / said.sum(1, keepdims=True)).mean(0)
+    want = sum(p * np.log2(2 * p) for p in share if p)
+    assert reply["federated_bias"] == pytest.approx(want, abs=1e-6)

@@ -79,7 +79,16 @@ def test_accuracy(central):
 
 def test_rounds(central, fl):
     table = rows(central / "rounds.csv")
-    assert list(table[0]) == ["task", "round", "faa", "faa_task_il", "loss", "train_seconds"]
+    assert list(table[0]) == [
+        "task",
+        "round",
+        "faa",
+        "faa_task_il",
+        "incremental_bias",
+        "prediction_kl",
+        "loss",
+        "train_seconds",
+    ]
     assert [(r["task"], r["round"]) for r in table] == [(str(t), "-1") for t in range(5)]
     table = rows(fl / "rounds.csv")
     assert [(r["task"], r["round"]) for r in table] == [(str(t), r) for t in range(5) for r in ("0", "-1")]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -126,3 +128,32 @@ def test_summary_without_task_identity():
     assert found["fwt"] is None
     assert len(found) == 14
     assert all(value is None for name, value in found.items() if name.endswith("_task_il"))
+
+
+# ---- prediction bias
+
+
+def test_prediction_bias_by_hand():
+    share = [0.1, 0.1, 0.5, 0.3]
+    got = metrics.prediction_bias(share, 2)
+    assert got["incremental_bias"] == pytest.approx(0.8 - 0.5)
+    kl = sum(p * math.log(p / 0.25) for p in share) / math.log(4)
+    assert got["prediction_kl"] == pytest.approx(kl)
+    assert metrics.prediction_bias([0.25] * 4, 2) == {"incremental_bias": 0.0, "prediction_kl": 0.0}
+    assert metrics.prediction_bias([0, 0, 0, 1.0], 3) == {"incremental_bias": 0.75, "prediction_kl": pytest.approx(1)}
+    assert metrics.prediction_bias([0.5, 0.5], 0)["incremental_bias"] is None
+    assert metrics.prediction_bias([1.0], 0) == {"incremental_bias": None, "prediction_kl": None}
+    assert metrics.prediction_bias([float("nan")] * 3, 1) == {"incremental_bias": None, "prediction_kl": None}
+
+
+def test_federated_bias_by_hand():
+    even = metrics.federated_bias([0.5, 0.5], [30, 10])
+    assert even["federated_bias"] == 0
+    m = np.array([0.625, 0.375])
+    js = 0.5 * sum(p * math.log(p / q) for r in ([0.5, 0.5], [0.75, 0.25]) for p, q in zip(r, m, strict=True))
+    assert even["federated_bias_js"] == pytest.approx(js / math.log(2))
+    assert metrics.federated_bias([0.75, 0.25], [30, 10])["federated_bias_js"] == pytest.approx(0)
+    assert metrics.federated_bias([1.0, 0.0], [0, 5]) == {
+        "federated_bias": pytest.approx(1),
+        "federated_bias_js": pytest.approx(1),
+    }
