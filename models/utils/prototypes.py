@@ -199,9 +199,7 @@ class Prototypes:
     ) -> Callable[[int], tuple[Tensor, Tensor]]:
         """draw(n) -> features (n, d), labels (n,): a class uniformly, a client by its samples, a feature.
 
-        Features are mu + sqrt(scale * (Sigma + floor I)) eps, all of a draw at once. A covariance of fewer samples than
-        dimensions is singular: its symmetric root comes from its eigenvalues, negative ones (of rounding) set to zero.
-        That root depends continuously on Sigma, the factor V sqrt(L) does not where eigenvalues are equal.
+        Features are mu + sqrt(scale * (Sigma + floor I)) eps, all of a draw at once.
 
         Args:
             shrink: (J,) factors of the means (SLCA). Draws come from the global generator of the tensors' device.
@@ -211,9 +209,7 @@ class Prototypes:
         weights = self.counts / per_class[where]
         means = self.means if shrink is None else self.means * shrink[:, None].to(self.means)
         if self.full:
-            S = unpack_triu(self.spreads).to(wide(self.spreads))
-            values, vectors = torch.linalg.eigh(S)
-            roots = (vectors * (scale * (values.clamp(min=0) + floor)).sqrt()[:, None, :] @ vectors.mT).to(means)
+            roots = (scale**0.5 * covariance_root(unpack_triu(self.spreads), floor)).to(means)
         else:
             roots = (scale * (self.spreads + floor)).sqrt()
 
@@ -230,6 +226,30 @@ class Prototypes:
             return means[j] + roots[j] * torch.randn(n, means.shape[1], device=means.device), self.classes[j]
 
         return draw
+
+
+def covariance_root(S: Tensor, floor: float = 0.0) -> Tensor:
+    """L (J x d x d) with L L^T = S + floor I, for covariances S (J x d x d), in float64.
+
+    Cholesky, where it succeeds. The covariance of fewer samples than dimensions is singular and, rounded, may have
+    eigenvalues below zero: 1e-6 of its mean variance is added then, which moves a draw by a thousandth of a deviation.
+    What still fails gets its symmetric root by eigenvalues, those below zero set to zero.
+    """
+    S = S.to(wide(S))
+    d = S.shape[-1]
+    eye = torch.eye(d, dtype=S.dtype, device=S.device)
+    roots = torch.empty_like(S)
+    todo = torch.arange(len(S), device=S.device)
+    for jitter in (0.0, 1e-6):
+        mean = S[todo].diagonal(dim1=-2, dim2=-1).mean(-1)
+        L, info = torch.linalg.cholesky_ex(S[todo] + (floor + jitter * mean)[:, None, None] * eye)
+        roots[todo[info == 0]] = L[info == 0]
+        todo = todo[info != 0]
+        if not len(todo):
+            return roots
+    values, vectors = torch.linalg.eigh(S[todo])
+    roots[todo] = vectors * (values.clamp(min=0) + floor).sqrt()[:, None, :] @ vectors.mT
+    return roots
 
 
 def normalised_logits(z: Tensor, tau: float, groups: Sequence[int] | None = None) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from models.utils.gpm import pack_triu, unpack_triu
-from models.utils.prototypes import ClassStats, Prototypes, normalised_logits, rebalance
+from models.utils.prototypes import ClassStats, Prototypes, covariance_root, normalised_logits, rebalance
 
 D = 7
 
@@ -173,6 +173,20 @@ def test_a_singular_covariance_is_drawn_from_within_its_span():
     basis = torch.linalg.qr((z - z.mean(0)).T[:, :2]).Q
     off = (f - z.mean(0)) - (f - z.mean(0)) @ basis @ basis.T
     assert off.norm() < 1e-2 * (f - z.mean(0)).norm()
+
+
+def test_roots_of_covariances():
+    """Regular, singular, rounded below zero, none at all: L L^T is S but for a millionth of its mean variance."""
+    g = torch.Generator().manual_seed(0)
+    X = torch.randn(4, 30, 12, generator=g, dtype=torch.float64)
+    S = X.mT @ X
+    S[1] = X[1, :5].T @ X[1, :5]
+    S[2] = (X[2, :2].T @ X[2, :2]).float().double() - 1e-4 * torch.eye(12)
+    S[3] = 0
+    L = covariance_root(S, 1e-8)
+    for k, tolerance in enumerate((1e-12, 2e-6, 2e-4, 2e-8)):
+        mean = S[k].diagonal().mean() if k < 3 else 1
+        assert (L[k] @ L[k].T - S[k]).abs().max() <= tolerance * mean + 1.1e-8, k
 
 
 # ---- rebalancing
