@@ -29,6 +29,7 @@ from tests.helpers import (
     Mortal,
     assert_same_run,
     finished,
+    folders,
     only_folder,
     rows,
     run,
@@ -55,6 +56,7 @@ def die_and_go_on(mortal: Mortal, argv: list[str], tmp_path: Path, each: int = 1
         assert code is None, f"{moment} never came"
     assert mortal.run(argv, hard, "--loadcheck=auto") == 0
     (done,) = finished(hard)
+    assert [f for f in folders(hard) if (f / "checkpoint" / "last.safetensors").exists()] == [done], "it began anew"
     assert_same_run(only_folder(calm), done)
 
 

@@ -425,6 +425,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     if getattr(args, "minibatch_size", 0) is None:
         args.minibatch_size = args.batch_size
     _check(args, cls, data_cls)
+    # A run is found again before its method is built, and methods fill in settings when they are: what was asked for
+    # is what names it.
+    args.asked = dict(vars(args))
     return args
 
 

@@ -24,6 +24,7 @@ from utils.registry import ROOT
 # settings that say where and how a run is carried out, not what it computes
 NOT_IDENTITY = {
     "given",
+    "asked",
     "command",
     "results_path",
     "base_path",
@@ -51,17 +52,18 @@ NOT_IDENTITY = {
 
 def settings_of(args: Namespace) -> dict:
     """The resolved settings as plain data, in alphabetical order."""
-    return {k: v for k, v in sorted(vars(args).items()) if k != "given"}
+    return {k: v for k, v in sorted(vars(args).items()) if k not in ("given", "asked")}
 
 
 def identity(args: Namespace, seed: bool = True) -> dict:
-    """The settings that the numbers of a run depend on."""
+    """The settings that the numbers of a run depend on, as they were asked for (``parse_args``)."""
     drop = NOT_IDENTITY | (set() if seed else {"seed"})
     if not args.fl:
         from utils.args import FEDERATED_FLAGS
 
         drop = drop | set(FEDERATED_FLAGS)
-    return {k: v for k, v in settings_of(args).items() if k not in drop}
+    asked = Namespace(**args.asked) if "asked" in args else args
+    return {k: v for k, v in settings_of(asked).items() if k not in drop}
 
 
 def settings_hash(args: Namespace, seed: bool = True) -> str:
