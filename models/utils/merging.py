@@ -175,8 +175,8 @@ def _check(step: Tensor, total: Tensor, numerator: Tensor) -> None:
     worst = (residual / norm.clamp(min=torch.finfo(norm.dtype).tiny)).max()
     if worst > TOLERANCE:
         warnings.warn(
-            f"the Gram matrices are so close to singular that the merged weights miss their equations by {worst:.0e}: "
-            "an off-diagonal scaling below 1, damping, or more data helps",
+            "Gram matrices are so close to singular that merged weights miss their equations by more than "
+            f"{TOLERANCE:.0e}: an off-diagonal scaling below 1, damping, or more data helps (said once)",
             stacklevel=3,
         )
 
