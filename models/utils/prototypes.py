@@ -218,12 +218,14 @@ class Prototypes:
             if self.full:
                 j = j.sort().values  # a product for each Gaussian
                 parts = [
-                    torch.randn(k, means.shape[1], device=means.device) @ roots[i].T
+                    torch.randn(k, means.shape[1], dtype=means.dtype, device=means.device) @ roots[i].T
                     for i, k in enumerate(torch.bincount(j, minlength=len(means)).tolist())
                     if k
                 ]
                 return means[j] + torch.cat(parts), self.classes[j]
-            return means[j] + roots[j] * torch.randn(n, means.shape[1], device=means.device), self.classes[j]
+            return means[j] + roots[j] * torch.randn(
+                n, means.shape[1], dtype=means.dtype, device=means.device
+            ), self.classes[j]
 
         return draw
 
