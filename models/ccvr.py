@@ -14,7 +14,7 @@ is not reproduced. The number of virtual features per class and their power tran
 from __future__ import annotations
 
 from models.fedavg import FedAvg
-from models.utils.calibrated import Calibrated, add_calibration_args
+from models.utils.calibrated import AFTER_THE_TASK, Calibrated, add_calibration_args
 
 
 class Ccvr(Calibrated, FedAvg):
@@ -26,13 +26,5 @@ class Ccvr(Calibrated, FedAvg):
     @staticmethod
     def get_parser(parser):
         FedAvg.get_parser(parser)
-        add_calibration_args(
-            parser,
-            proto_cov="full",
-            proto_pool="gaussian",
-            proto_passes=1,
-            proto_model="global",
-            rebalance_when="task",
-            tau=0.0,
-        )
+        add_calibration_args(parser, **AFTER_THE_TASK, tau=0.0)
         return parser

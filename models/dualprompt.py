@@ -26,7 +26,7 @@ from torch import Tensor
 
 from backbones.utils import client_batch
 from backbones.utils.prompts import PrefixPrompts, PromptKeys, cosines
-from models.utils.prompt_method import PromptMethod
+from models.utils.prompt_method import PromptMethod, add_vote_arg
 from utils.args import flag01, number
 from utils.errors import UserError
 
@@ -79,14 +79,7 @@ class DualPrompt(PromptMethod):
             const=1,
             help="1: mix up prompts as published",
         )
-        add(
-            "--batchwise_prompt",
-            type=flag01,
-            default=0,
-            nargs="?",
-            const=1,
-            help="1: a test batch votes on its E-Prompt",
-        )
+        add_vote_arg(parser)
         return parser
 
     def __init__(self, backbone, loss, args, transform, dataset=None):

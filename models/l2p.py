@@ -22,8 +22,8 @@ from __future__ import annotations
 
 from backbones.utils.prompts import PrependPrompts, PromptPool
 from federated.message import Message
-from models.utils.prompt_method import PromptMethod
-from utils.args import flag01, number
+from models.utils.prompt_method import PromptMethod, add_vote_arg
+from utils.args import number
 from utils.errors import UserError
 
 
@@ -52,14 +52,7 @@ class L2P(PromptMethod):
             default="prompts",
             help="whose mean output is the feature: prompts (original), with class token (fm), or the network's own",
         )
-        add(
-            "--batchwise_prompt",
-            type=flag01,
-            default=0,
-            nargs="?",
-            const=1,
-            help="1: a batch votes on its prompts, in testing too",
-        )
+        add_vote_arg(parser)
         return parser
 
     def __init__(self, backbone, loss, args, transform, dataset=None):

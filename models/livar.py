@@ -39,7 +39,6 @@ from torch import Tensor
 from federated.message import Message
 from models.utils.calibrated import Calibrated, add_calibration_args
 from models.utils.merging import low_rank_sum, weighted_mean, wide
-from models.utils.prototypes import ClassStats
 from models.utils.task_lora import TaskLoRA
 from utils.args import flag01
 from utils.errors import UserError
@@ -327,20 +326,17 @@ class Livar(Calibrated, TaskLoRA):
         frozen = a.livar_features != "adapted"
         if frozen and "statistics" in client.state:
             return Message(client.state["statistics"])
-        stats = ClassStats(self.n_past_classes, self.n_classes_current_task, a.proto_cov == "full", a.proto_clip)
         with ExitStack() as stack:
             if frozen:
                 stack.enter_context(self.weights_in_place(self._own_pretrained))
                 stack.enter_context(self.lora.disabled())
-            for _ in range(a.proto_passes):
-                raw = a.livar_features == "frozen_raw"
-                self.add_features(stats, client.stat_loader(augment=a.proto_passes > 1 and not raw, raw=raw))
+            stats = self.class_stats(client, raw=a.livar_features == "frozen_raw")
         reply = {}
         if a.livar_head in ("var", "var_count", "inv_var"):
             variances = stats.spreads().diagonal(dim1=-2, dim2=-1) if stats.full else stats.spreads()
             reply = {"variance": variances.mean(1).float(), "counts": (stats.counts / a.proto_passes).float()}
         if a.livar_ccvr:
-            reply |= stats.message(a.proto_min_samples, a.proto_passes, a.proto_noise, client.generator)
+            reply |= self.describe(stats, client)
         if frozen:
             client.state["statistics"] = reply
         return Message(reply)

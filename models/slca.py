@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from models.utils.calibrated import Calibrated, add_calibration_args
+from models.utils.calibrated import AFTER_THE_TASK, Calibrated, add_calibration_args
 from models.utils.head_rows import HeadRowsModel
 from models.utils.prototypes import Prototypes
 from utils.args import number
@@ -32,16 +32,7 @@ class Slca(Calibrated, HeadRowsModel):
         add = parser.add_argument
         add("--bcb_lrscale", type=number(float, 0), default=0.01, help="rate of the body, in units of --lr")
         add("--slca_shrink", type=number(float, 0, 1), default=0.1, help="how far the means of the oldest task shrink")
-        add_calibration_args(
-            parser,
-            proto_cov="full",
-            proto_pool="gaussian",
-            proto_passes=1,
-            proto_model="global",
-            rebalance_when="task",
-            rebalance_wd=5e-4,
-            rebalance_sched="cosine",
-        )
+        add_calibration_args(parser, **AFTER_THE_TASK, rebalance_wd=5e-4, rebalance_sched="cosine")
         return parser
 
     def __init__(self, backbone, loss, args, transform, dataset=None):

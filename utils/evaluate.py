@@ -9,7 +9,7 @@ import torch
 from backbones.utils.base import Backbone
 from models.utils.continual_model import ContinualModel
 from utils.checkpoints import digest
-from utils.metrics import prediction_bias, summary_metrics
+from utils.metrics import prediction_bias, prediction_share, summary_metrics
 
 EVAL_BATCH = 256
 
@@ -87,10 +87,7 @@ def evaluate(model, dataset, tasks, features: Features | None = None) -> tuple[l
         task_il.append(100 * float(right_task) / float(n))
     model.train(was_training[0])
     model.net.train(was_training[1])
-    said = said.view(classes, classes)
-    tested = said.sum(1) > 0
-    share = (said[tested] / said[tested].sum(1, keepdim=True)).mean(0) if tested.any() else said[0] * float("nan")
-    return class_il, task_il, share.tolist()
+    return class_il, task_il, prediction_share(said.view(classes, classes).cpu()).tolist()
 
 
 class Results:

@@ -139,6 +139,17 @@ def kl_from_uniform(share: ArrayLike) -> float | None:
     return float((some * np.log(some * len(p))).sum() / np.log(len(p)))
 
 
+def prediction_share(said: ArrayLike) -> np.ndarray:
+    """(C,) the share of predictions that go to each class, every class counting the same.
+
+    Args:
+        said: (C, C) how many images of a class (row) are taken for another (column); rows without images are left out.
+    """
+    said = np.asarray(said, dtype=np.float64)
+    tested = said[said.sum(1) > 0]
+    return (tested / tested.sum(1, keepdims=True)).mean(0) if len(tested) else np.full(said.shape[1], np.nan)
+
+
 def prediction_bias(share: ArrayLike, past: int) -> dict[str, float | None]:
     """Where class-IL predictions go, on test images of which each seen class has as many.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
 
 import torch
 
@@ -13,6 +12,14 @@ from models.utils.prototypes import ClassStats, Prototypes, rebalance
 from utils.args import number
 from utils.errors import UserError
 
+# CCVR and SLCA: one full Gaussian per class under the server's network, in a pass of its own after each task
+AFTER_THE_TASK = {
+    "proto_cov": "full",
+    "proto_pool": "gaussian",
+    "proto_passes": 1,
+    "proto_model": "global",
+    "rebalance_when": "task",
+}
 SCOPES = ("all", "seen", "cur", "old", "none")
 
 
@@ -184,18 +191,24 @@ class Calibrated(FederatedModel):
         kept = client.state.get("prototypes")
         if kept is not None and kept[0] == client.task:
             return Message(kept[1])
-        a = self.args
-        stats = ClassStats(self.n_past_classes, self.n_classes_current_task, a.proto_cov == "full", a.proto_clip)
-        for _ in range(a.proto_passes):
-            self.add_features(stats, client.stat_loader(augment=a.proto_passes > 1))
-        out = stats.message(a.proto_min_samples, a.proto_passes, a.proto_noise, client.generator)
+        stats = self.class_stats(client)
+        out = self.describe(stats, client)
         if all(name.startswith(("head.", "classifier.")) for name in self.trainable()):
             client.state["prototypes"] = [client.task, dict(out)]
         return out
 
     @torch.no_grad()
-    def add_features(self, stats: ClassStats, loader: Iterable) -> None:
-        """Show the data of a loader to the network, in evaluation mode."""
+    def class_stats(self, client, raw: bool = False) -> ClassStats:
+        """Moments of the features of a client's data by class, under the network as it is (``raw``: stored images)."""
+        a = self.args
+        stats = ClassStats(self.n_past_classes, self.n_classes_current_task, a.proto_cov == "full", a.proto_clip)
         self.net.eval()
-        for inputs, labels in loader:
-            stats.add(self.features(inputs), labels)
+        for _ in range(a.proto_passes):
+            for inputs, labels in client.stat_loader(augment=a.proto_passes > 1 and not raw, raw=raw):
+                stats.add(self.features(inputs), labels)
+        return stats
+
+    def describe(self, stats: ClassStats, client) -> Message:
+        """What the client says of its classes."""
+        a = self.args
+        return stats.message(a.proto_min_samples, a.proto_passes, a.proto_noise, client.generator)

@@ -27,7 +27,7 @@ from torch import nn
 from federated.message import Message, Reply
 from models.utils.continual_model import ContinualModel
 from models.utils.merging import weighted_mean
-from utils.metrics import federated_bias
+from utils.metrics import federated_bias, prediction_share
 
 
 def share_backbone(net: nn.Module) -> nn.Module:
@@ -192,13 +192,10 @@ class FederatedModel(ContinualModel):
         indices = self.dataset.task_indices(client.task, train=False)
         for x, y in self.dataset.loader(indices, client.task, 256, train=False, device=self.device):
             said += torch.bincount((y - start) * C + self.task_logits(x).argmax(1), minlength=C * C)
-        said = said.view(C, C)
-        labels = torch.zeros(C)
-        for _, y in client.stat_loader():
-            labels += torch.bincount(y.cpu() - start, minlength=C)
         self.net.train(training)
-        share = (said / said.sum(1, keepdim=True).clamp(min=1)).mean(0)
-        return {n: v for n, v in federated_bias(share.tolist(), labels.tolist()).items() if v is not None}
+        labels = torch.bincount(self.dataset.train_labels[client.indices].cpu() - start, minlength=C)
+        share = prediction_share(said.view(C, C).cpu())
+        return {n: v for n, v in federated_bias(share, labels).items() if v is not None}
 
     def observe(self, inputs, labels, not_aug_inputs, epoch=None) -> torch.Tensor:
         """One step: zero_grad, ``local_loss``, backward, step. Returns the loss, detached and not yet on the host."""

@@ -10,7 +10,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.utils.head_rows import HeadRowsModel
+from utils.args import flag01
 from utils.errors import UserError
+
+
+def add_vote_arg(parser) -> None:
+    """The flag of methods that pick prompts by keys."""
+    parser.add_argument(
+        "--batchwise_prompt",
+        type=flag01,
+        default=0,
+        nargs="?",
+        const=1,
+        help="1: the samples of a batch vote on the prompts of all of them, in testing too",
+    )
 
 
 class PromptMethod(HeadRowsModel):

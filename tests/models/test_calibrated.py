@@ -203,7 +203,7 @@ def test_statistics_of_frozen_features_are_computed_once(rig, monkeypatch):
     r.worker.enter_task(0)
     state: dict = {}
     first = r.worker.local_update(r.model.broadcast(), client_of(r, 1, state=state))
-    monkeypatch.setattr(r.worker, "add_features", None)
+    monkeypatch.setattr(r.worker, "class_stats", None)
     again = r.worker.local_update(r.model.broadcast(), client_of(r, 1, round_=1, state=state))
     assert all(torch.equal(first[n], again[n]) for n in first.tensors() if n.startswith("proto."))
 
