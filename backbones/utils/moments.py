@@ -10,7 +10,7 @@ from backbones.utils.targets import linear_layers
 
 
 @contextmanager
-def _exact_float32() -> Iterator[None]:
+def exact_float32() -> Iterator[None]:
     """Within the block, float32 products are not rounded to TF32 or bfloat16, whatever the run has chosen."""
     before = torch.get_float32_matmul_precision()
     if before != "highest":
@@ -78,7 +78,7 @@ class InputMoments:
     def add(self, name: str, x: Tensor) -> None:
         """Add the tokens x (... x d) of one layer."""
         x = x.detach().reshape(-1, x.shape[-1])
-        with torch.autocast(x.device.type, enabled=False), _exact_float32():
+        with torch.autocast(x.device.type, enabled=False), exact_float32():
             x = x.to(self.dtype)
             if name in self.through:
                 x = x @ self.through[name].detach().to(self.dtype).T
