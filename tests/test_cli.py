@@ -25,7 +25,7 @@ MISTAKES = [
     # names
     ("--model err --dataset seq-digits", "unknown model 'err': did you mean 'er'"),
     ("--model dolfim --dataset seq-digits", "did you mean 'dolfin'?"),
-    ("--model xyzzy --dataset seq-digits", "unknown model 'xyzzy': choose from ccvr, coda_prompt, "),
+    ("--model xyzzy --dataset seq-digits", "unknown model 'xyzzy': choose from ccvr, coda_"),
     ("--model er --dataset seq-digit", "unknown dataset 'seq-digit': did you mean 'seq-digits'"),
     ("--model er --dataset seq-digits --backbone resnet81", "unknown backbone 'resnet81': did you mean 'resnet18'"),
     ("--model er --dataset seq-digits --network vit_pockett", "did you mean 'vit-pocket'?"),
@@ -36,7 +36,7 @@ MISTAKES = [
     (f"{ER} er", "cannot place the argument 'er'"),
     (f"{ER} -x", "unknown flag '-x'"),
     # missing
-    ("", "--model is missing: choose from ccvr, coda_prompt, "),
+    ("", "--model is missing: choose from ccvr, coda_"),
     ("--dataset seq-digits", "--model is missing"),
     ("--model er", "--dataset is missing: choose from "),
     ("--model", "--model is missing"),

@@ -213,6 +213,14 @@ def add_general_args(parser: ArgumentParser) -> None:
         const=1,
         help="with --fl: test every client's own model before it is merged, on the task's classes",
     )
+    g.add_argument(
+        "--measure_bias_source",
+        type=flag01,
+        default=0,
+        nargs="?",
+        const=1,
+        help="after each task: the bias that is left with balanced classifiers on the network's features",
+    )
     g.add_argument("--stop_after", type=positive, default=None, help="stop after this many tasks")
     g.add_argument("--debug_mode", type=flag01, default=0, nargs="?", const=1, help="a few batches per epoch only")
     g.add_argument("--nowand", type=flag01, default=1, nargs="?", const=1, help="0: log to Weights & Biases as well")

@@ -18,9 +18,9 @@ if TYPE_CHECKING:  # imported where used
     from pandas import DataFrame
 
 LOWER_IS_BETTER = re.compile(
-    r"forgetting|.*_mb$|.*_seconds$|.*memory|trainable_params$|incremental_bias|prediction_kl|federated_bias$"
+    r"forgetting|.*_mb$|.*_seconds$|.*memory|trainable_params$|(\w+_)?incremental_bias|(\w+_)?prediction_kl|federated_bias$"
 )
-HIGHER_IS_BETTER = re.compile(r"faa|avg_inc_acc|bwt|fwt")
+HIGHER_IS_BETTER = re.compile(r"faa|avg_inc_acc|bwt|fwt|(ncm|probe)_accuracy")
 ANSI = re.compile(r"\033\[\dm")
 # Okabe and Ito's palette, which colour-blind readers can tell apart; line styles and markers tell its repeats apart.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]

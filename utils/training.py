@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 
 from utils import checkpoints
+from utils.bias_source import bias_source
 from utils.conf import make_generator, set_random_seed
 from utils.errors import UserError
 from utils.evaluate import Results
@@ -137,6 +138,8 @@ class Session:
         if step is None:
             self.results.class_il.append(class_il)
             self.results.task_il.append(task_il)
+            if self.args.measure_bias_source:
+                self.results.bias |= bias_source(self.model, self.dataset, task)
         seen = list(class_il[: len(class_il) if self.args.joint else task + 1])
         seen_task = list(task_il[: len(seen)])
         row = {

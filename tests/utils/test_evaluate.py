@@ -9,6 +9,7 @@ from torch import nn
 
 from federated.client import Client
 from tests.helpers import only_folder, rows, run, small_args
+from utils.bias_source import bias_source
 from utils.evaluate import Features, evaluate
 
 FAST = "--fl --num_clients 3 --num_comm_rounds 1 --n_epochs 1 --batch_size 16 --debug_mode 1"
@@ -174,3 +175,45 @@ def test_federated_bias_is_that_of_the_clients_own_model(rig):
     share = (said / said.sum(1, keepdims=True)).mean(0)
     want = sum(p * np.log2(2 * p) for p in share if p)
     assert reply["federated_bias"] == pytest.approx(want, abs=1e-6)
+
+
+def test_bias_source_looks_at_features_alone(rig):
+    """Nearest class means by hand on as many images of each class; the classifier's own bias is not in it."""
+    r = rig(HEAD)
+    r.begin(0).end(0).begin(1)
+    before = bias_source(r.model, r.dataset, 1)
+    bias = r.model.net.classifier.bias.data.clone()
+    bias[3] = 1e4  # everything is called a 3
+    r.model.net.classifier.bias.data = bias
+    *_, share = evaluate(r.model, r.dataset, [0, 1])
+    assert share == [0, 0, 0, 1] and bias_source(r.model, r.dataset, 1) == before
+
+    labels = r.dataset.train_labels
+    fewest = min(100, *(int((labels == c).sum()) for c in range(4)))
+    means, right, said = [], [], np.zeros(4)
+    with torch.no_grad():
+        for c in range(4):
+            own = (labels == c).nonzero()[:, 0]
+            own = own[torch.isin(own, r.dataset.task_indices(c // 2, train=True))][:fewest]
+            (batch,) = r.dataset.loader(own, c // 2, 1000, train=False, split="train", device="cpu")
+            means.append(r.model.net.features(batch[0]).double().mean(0))
+        for t in (0, 1):
+            (batch,) = r.dataset.loader(r.dataset.task_indices(t, train=False), t, 1000, train=False, device="cpu")
+            z, y = r.model.net.features(batch[0]).double(), batch[1]
+            near = torch.stack([(z - m).square().sum(1) for m in means], 1).argmin(1)
+            for c in (2 * t, 2 * t + 1):
+                right.append(float((near[y == c] == c).double().mean()))
+                said += torch.bincount(near[y == c], minlength=4).numpy() / int((y == c).sum()) / 4
+    assert before["ncm_accuracy"] == pytest.approx(100 * np.mean(right))
+    assert before["ncm_incremental_bias"] == pytest.approx(said[2:].sum() - 0.5)
+    assert before["probe_accuracy"] > before["ncm_accuracy"] - 5 and before["probe_accuracy"] > 50
+
+
+def test_bias_source_is_in_the_csv(tmp_path):
+    argv = [*small_args("sgd", False), "--stop_after=2", "--measure_bias_source=1", "--eval_every=1"]
+    assert run(argv, tmp_path) == 0
+    last = rows(only_folder(tmp_path) / "rounds.csv")[-1]
+    summary = rows(only_folder(tmp_path) / "summary.csv")[0]
+    for head in ("ncm", "probe"):
+        for column in ("accuracy", "incremental_bias", "prediction_kl"):
+            assert summary[f"{head}_{column}"] == last[f"{head}_{column}"] != ""
