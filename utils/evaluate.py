@@ -63,6 +63,8 @@ def evaluate(model, dataset, tasks, features: Features | None = None) -> tuple[l
         (class-IL, task-IL, share): accuracies, a value for each task, and the share of class-IL predictions that go to
         each class seen so far, over test images of the seen classes, each class counting the same.
     """
+    if (elsewhere := model.results()) is not None:
+        return elsewhere
     was_training = model.training, model.net.training
     model.eval()
     class_il, task_il, classes = [], [], model.n_seen_classes
@@ -90,6 +92,12 @@ def evaluate(model, dataset, tasks, features: Features | None = None) -> tuple[l
     return class_il, task_il, prediction_share(said.view(classes, classes).cpu()).tolist()
 
 
+def tasks_to_test(dataset, args, after: int) -> list[int]:
+    """Which tasks to test on after task ``after``."""
+    everything = args.joint or args.enable_other_metrics
+    return list(range(dataset.n_eval_tasks if everything else after + 1))
+
+
 class Results:
     """What has been measured so far: the two accuracy matrices and what summary.csv is made of.
 
@@ -107,14 +115,9 @@ class Results:
         self.bias: dict[str, float | None] = {}
         self.features = Features()
 
-    def tasks(self, after: int) -> list[int]:
-        """Which tasks to test on after task ``after``."""
-        everything = self.args.joint or self.args.enable_other_metrics
-        return list(range(self.dataset.n_eval_tasks if everything else after + 1))
-
     def measure(self, model, after: int) -> tuple[list[float], list[float]]:
         """A row of both matrices, padded with nan."""
-        tasks = self.tasks(after)
+        tasks = tasks_to_test(self.dataset, self.args, after)
         pad = [float("nan")] * (self.dataset.n_eval_tasks - len(tasks))
         class_il, task_il, share = evaluate(model, self.dataset, tasks, self.features)
         self.bias = prediction_bias(share, model.n_past_classes)

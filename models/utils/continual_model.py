@@ -103,6 +103,10 @@ class ContinualModel(nn.Module):
         """Logits over all classes (B, N_CLASSES) for normalised inputs."""
         return self.net(x)
 
+    def results(self) -> tuple[list[float], list[float], list[float]] | None:
+        """What ``utils.evaluate.evaluate`` returns, where it was measured elsewhere; None: test this model."""
+        return None
+
     def get_parameters(self):
         """The parameters the optimiser updates."""
         return self.net.parameters()

@@ -121,12 +121,16 @@ class FederatedModel(ContinualModel):
     def aggregate(self, replies: list[Reply]) -> None:
         """theta <- sum_c w_c theta_c, w_c = n_c / sum n (``--avg_type weighted``) or 1 / #clients (``uniform``)."""
         weights = self.client_weights(replies)
-        self._loss = sum(w * r["loss"] for w, r in zip(weights, replies, strict=True)) if "loss" in replies[0] else None
-        biases = [n for n in replies[0] if n.startswith("federated_bias")]
-        self.measured = {n: sum(r[n] for r in replies) / len(replies) for n in biases}
+        self.take_notes(replies, weights)
         current = {**self.trainable(), **self.shared_buffers()}
         for name, value in self.merged(current, replies, weights).items():
             current[name].data = value.to(current[name].dtype)
+
+    def take_notes(self, replies: list[Reply], weights: list[float]) -> None:
+        """What a round's replies say beside what is merged: training losses and measured biases."""
+        self._loss = sum(w * r["loss"] for w, r in zip(weights, replies, strict=True)) if "loss" in replies[0] else None
+        biases = [n for n in replies[0] if n.startswith("federated_bias")]
+        self.measured = {n: sum(r[n] for r in replies) / len(replies) for n in biases}
 
     @torch.no_grad()
     def merged(self, current: dict, replies: list[Reply], weights: list[float]) -> dict[str, torch.Tensor]:
