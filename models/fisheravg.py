@@ -10,15 +10,13 @@ as in fed-mammoth).
 
 from __future__ import annotations
 
-from backbones.utils.base import plain_attention
 from federated.message import Message
 from models.fedavg import FedAvg
-from models.utils.federated_model import in_place
-from models.utils.fisher import fisher_diagonal
+from models.utils.fisher import FisherPass, add_fisher_args
 from models.utils.merging import fisher_mean
 
 
-class FisherAvg(FedAvg):
+class FisherAvg(FisherPass, FedAvg):
     """Every entry is averaged by how much the client's loss depends on it: twice the bytes of FedAvg up."""
 
     NAME = "fisheravg"
@@ -27,12 +25,7 @@ class FisherAvg(FedAvg):
     @staticmethod
     def get_parser(parser):
         FedAvg.get_parser(parser)
-        parser.add_argument(
-            "--fisher_inputs",
-            choices=("test", "raw"),
-            default="test",
-            help="images of the Fisher pass: normalised, or in [0, 1] as in fed-mammoth",
-        )
+        add_fisher_args(parser)
         return parser
 
     def merged(self, current, replies, weights):
@@ -44,16 +37,3 @@ class FisherAvg(FedAvg):
     def after_local(self, client) -> Message:
         fisher = {f"fisher.{n}": f for n, f in self.fisher(client).items()}
         return Message({**super().after_local(client), **fisher})
-
-    def fisher(self, client) -> dict:
-        """{name: F (like theta)} of one client under its own weights."""
-        self.net.eval()
-        places = self.places()
-
-        def log_likelihood(params, x, y):
-            with in_place(places, params):
-                return -self.local_loss(x, y, client)[0]
-
-        with plain_attention(self.net):
-            batches = client.stat_loader(raw=self.args.fisher_inputs == "raw")
-            return fisher_diagonal(log_likelihood, self.trainable(), batches)

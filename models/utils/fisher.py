@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 
+from backbones.utils.base import plain_attention
+from models.utils.federated_model import FederatedModel, in_place
+
 PER_SAMPLE_FLOATS = 100_000_000  # room for the per-sample gradients of one chunk
 
 
@@ -44,3 +47,30 @@ def fisher_diagonal(
             for name, g in grads.items():
                 total[name] += torch.einsum("b,b...->...", logp.exp(), g.square())
     return total
+
+
+def add_fisher_args(parser) -> None:
+    """The flag of :class:`FisherPass`."""
+    parser.add_argument(
+        "--fisher_inputs",
+        choices=("test", "raw"),
+        default="test",
+        help="images of the Fisher pass: normalised, or in [0, 1] as in fed-mammoth",
+    )
+
+
+class FisherPass(FederatedModel):
+    """Mixed into a federated method: the Fisher diagonal of what it trains over one client's data."""
+
+    def fisher(self, client) -> dict[str, Tensor]:
+        """{name: F (like theta)} of one client under the weights as they are: the sum over its samples."""
+        self.net.eval()
+        places = self.places()
+
+        def log_likelihood(params, x, y):
+            with in_place(places, params):
+                return -self.local_loss(x, y, client)[0]
+
+        with plain_attention(self.net):
+            batches = client.stat_loader(raw=self.args.fisher_inputs == "raw")
+            return fisher_diagonal(log_likelihood, self.trainable(), batches)
