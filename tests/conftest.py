@@ -4,12 +4,14 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import models
+from backbones import vit_pocket
 from federated.engines.serial import SerialEngine
 from tests.rig import MLP, POCKET, Rig
 
@@ -58,3 +60,14 @@ def method(monkeypatch):
         return cls
 
     return use
+
+
+@pytest.fixture
+def nano(monkeypatch):
+    """vit-pocket --pretrained 0 with 40,000 weights, for what is tested with every method, in this process."""
+    small = partial(vit_pocket.VisionTransformer, img_size=28, patch_size=7, in_chans=1, num_classes=0)
+
+    def make(**given):
+        return small(embed_dim=32, depth=3, num_heads=2, weight_init="jax")
+
+    monkeypatch.setattr(vit_pocket, "VisionTransformer", make)

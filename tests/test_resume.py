@@ -70,6 +70,7 @@ CASES = [
 ]
 
 
+@pytest.mark.usefixtures("nano")
 @pytest.mark.parametrize("model, fl", CASES)
 def test_every_method_resumes_exactly(mortal, tmp_path, model, fl):
     more = ["--participation_rate=0.7"] if fl else ["--n_epochs=2"]

@@ -115,6 +115,7 @@ def count(monkeypatch):
 # ---- the same numbers
 
 
+@pytest.mark.usefixtures("nano")
 @pytest.mark.parametrize("partition", PARTITIONS, ids=["distribution", "quantity"])
 @pytest.mark.parametrize("model", sorted(scan("models")))
 def test_every_method_gives_the_same_global_state(tmp_path, model, partition):
