@@ -43,4 +43,4 @@ for seed in ${SEEDS:-0 1 2}; do
   done
 done >"$jobs"
 run_all "$jobs"
-$PYTHON -m utils.compare "$OUT" --metric faa,forgetting,uplink_mb,train_seconds --sort faa --format "${FORMAT:-table}"
+$PYTHON -m utils.compare "$OUT" --metric faa,forgetting,uplink_mb,train_cpu_seconds --sort faa --format "${FORMAT:-table}"

@@ -159,7 +159,7 @@ class Run:
     def __init__(self, path: Path, args: Namespace) -> None:
         self.path, self.args = path, args
         self.rounds: list[dict] = []
-        self.clock = {"train": 0.0, "total": 0.0}
+        self.clock = {"train": 0.0, "train_cpu": 0.0, "total": 0.0}
         self._started = time.perf_counter()
         self._wandb = None
         try:

@@ -75,7 +75,8 @@ class Session:
             self.under_way = True
             return
         plain, specs, tensors = checkpoint
-        self.cursor, self.run.rounds, self.run.clock = plain["cursor"], plain["rounds"], plain["clock"]
+        self.cursor, self.run.rounds = plain["cursor"], plain["rounds"]
+        self.run.clock |= plain["clock"]
         self.results.load(plain["results"])
         reader = checkpoints.Reader(tensors, self.fresh_net, self.model.device, self.nets)
         reader.decode(specs["model"], self.model, "model")
@@ -120,12 +121,13 @@ class Session:
 
     @contextmanager
     def training(self):
-        """Counts the time inside as training."""
-        start = time.perf_counter()
+        """Counts the time inside as training: the clock's, and that of this process on all its cores."""
+        start, cpu = time.perf_counter(), time.process_time()
         try:
             yield
         finally:
             self.run.clock["train"] += time.perf_counter() - start
+            self.run.clock["train_cpu"] += time.process_time() - cpu
 
     def measure_random(self) -> None:
         """Accuracy of the untrained model, which forward transfer is measured against."""
@@ -169,6 +171,7 @@ class Session:
                 **summary,
                 **self.traffic(),
                 "train_seconds": round(self.run.clock["train"], 3),
+                "train_cpu_seconds": round(self.run.clock["train_cpu"], 3),
                 "total_seconds": round(self.run.seconds(), 3),
                 "peak_memory_mb": round(peak_memory_mb(), 1),
                 "trainable_params": trainable,
