@@ -11,9 +11,9 @@ task instead of the old ones, as fed-mammoth's released code does.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from models.utils.continual_model import ContinualModel
+from models.utils.distillation import distillation
 from utils.args import flag01, number
 
 
@@ -76,9 +76,7 @@ class Lwf(ContinualModel):
         columns = (
             slice(self.n_past_classes, self.n_seen_classes) if self.args.lwf_official else slice(0, self.n_past_classes)
         )
-        log_p = F.log_softmax(outputs[:, columns].float() / self.args.softmax_temp, 1)
-        q = F.softmax(old[:, columns].float() / self.args.softmax_temp, 1)
-        return -(q * log_p).sum(1).mean()
+        return distillation(outputs[:, columns], old[:, columns], self.args.softmax_temp)
 
     def observe(self, inputs, labels, not_aug_inputs, logits=None, epoch=None):
         self.opt.zero_grad()
