@@ -13,17 +13,21 @@ code. lambda sum gamma is taken as -lambda sum cos(q, k): the same up to a const
 task's classes; their head rows are trained with prompts and keys, sent, and averaged by the server like any weights.
 
 ``--preset fm`` is the federated port of fed-mammoth: no pull term (so keys stay as drawn and are sent once), features
-averaged over class token and prompts. Its position table is shifted by one (the class token gets a random position,
-the last prompt the class token's), which is not reproduced. ``--batchwise_prompt 1``, a default of the released
+averaged over class token and prompts, and (``--legacy_positions 1``) a position table that is one token late: its rows
+are 25 random ones, then the network's, so that the class token gets a random position and the last prompt the class
+token's. ``--batchwise_prompt 1``, a default of the released
 configuration, lets the samples of a batch vote on the prompts of all of them, also in testing.
 """
 
 from __future__ import annotations
 
+import torch
+
 from backbones.utils.prompts import PrependPrompts, PromptPool
 from federated.message import Message
 from models.utils.prompt_method import PromptMethod, add_vote_arg
-from utils.args import number
+from utils.args import flag01, number
+from utils.conf import make_generator
 from utils.errors import UserError
 
 
@@ -52,6 +56,14 @@ class L2P(PromptMethod):
             default="prompts",
             help="whose mean output is the feature: prompts (original), with class token (fm), or the network's own",
         )
+        add(
+            "--legacy_positions",
+            type=flag01,
+            default=0,
+            nargs="?",
+            const=1,
+            help="1: positions that are one token late, as in fed-mammoth; 0: prompts have the class token's",
+        )
         add_vote_arg(parser)
         return parser
 
@@ -61,7 +73,14 @@ class L2P(PromptMethod):
             raise UserError(f"--top_k {args.top_k}: the pool has --pool_size {args.pool_size} prompts")
         self.pool = PromptPool(args.pool_size, args.prompt_len, backbone.embed_dim, backbone.classifier.weight)
         self.pool.keys.requires_grad_(args.pull_coeff > 0)
-        self.front = PrependPrompts(backbone, 0, positioned=True, pool=args.feature_tokens)
+        shifted = None
+        if args.legacy_positions:
+            draw = make_generator(args.seed, "l2p positions")  # the same on server and workers
+            shifted = 0.02 * torch.randn(args.top_k * args.prompt_len, backbone.embed_dim, generator=draw)
+        try:
+            self.front = PrependPrompts(backbone, 0, positioned=True, pool=args.feature_tokens, shifted=shifted)
+        except ValueError as e:
+            raise UserError(f"--legacy_positions 1: {e}; use 0 with this --backbone") from None
 
     def prompted(self, x):
         tokens, cosines, _ = self.pool(self.query(x), self.args.top_k, bool(self.args.batchwise_prompt))

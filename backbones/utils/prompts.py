@@ -415,7 +415,11 @@ class _Insert:
             return None
         x, at = args[0], self.net.num_prefix_tokens
         prompts = _per_sample(tokens, len(x))
-        if self.owner.positioned and self.net.pos_embed is not None and self.net.has_class_token:
+        if self.owner.shifted is not None:
+            first, table = self.net.pos_embed[:, :1], self.owner.shifted.to(prompts)[None]
+            prompts = prompts + torch.cat([table[:, 1:], first], 1)
+            x = torch.cat([x[:, :1] - first + table[:, :1], x[:, 1:]], 1)
+        elif self.owner.positioned and self.net.pos_embed is not None and self.net.has_class_token:
             prompts = prompts if self.net.no_embed_class else prompts + self.net.pos_embed[:, :1]
         return torch.cat([x[:, :at], prompts.to(x.dtype), x[:, at:]], 1), *args[1:]
 
@@ -442,6 +446,9 @@ class PrependPrompts(_Prompts):
 
     Args:
         positioned: add the class token's position embedding to the prompts (L2P), where the network has one.
+        shifted: (length x dim) positions that a table gives, one token late, to what comes after the patches' own are
+            taken: the class token gets the first instead of its own, the prompts the others, and the last prompt the
+            class token's (fed-mammoth's L2P). Needs a class token with a position.
         pool: what the features are made of: 'network' for its own pooling, 'prompts' for the mean of the prompts'
             outputs (L2P), 'prefix+prompts' for that over class and register tokens as well.
     """
@@ -454,8 +461,12 @@ class PrependPrompts(_Prompts):
         generator: torch.Generator | None = None,
         positioned: bool = False,
         pool: str = "network",
+        shifted: Tensor | None = None,
     ) -> None:
         super().__init__()
+        if shifted is not None and (net.pos_embed is None or not net.has_class_token or net.no_embed_class):
+            raise ValueError("shifted positions need a class token that has a position")
+        self.register_buffer("shifted", shifted, persistent=False)
         if pool not in ("network", "prompts", "prefix+prompts"):
             raise ValueError(f"unknown pool '{pool}'; available: network, prompts, prefix+prompts")
         like = next(net.blocks[0].parameters())

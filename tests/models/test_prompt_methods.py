@@ -95,9 +95,14 @@ def test_l2p_is_its_equations(rig, preset, pull, first):
         each = torch.stack([cos(q, k) for k in pool.keys])
         best = each.sort(descending=True).indices[:3]
         picked |= set(best.tolist())
-        tokens = torch.cat([pool.prompts[m] for m in best]) + net.pos_embed[0, 0]
-        t = net._pos_embed(net.patch_embed(x[b : b + 1]))
-        t = net.norm(net.blocks(torch.cat([t[:, :1], tokens[None], t[:, 1:]], 1)))
+        tokens = torch.cat([pool.prompts[m] for m in best])[None]
+        if preset == "fm":  # [class; prompts; patches] + [random; the network's own table]
+            t = torch.cat([net.cls_token, tokens, net.patch_embed(x[b : b + 1])], 1)
+            t = t + torch.cat([worker.front.shifted[None], net.pos_embed], 1)
+        else:
+            t = net._pos_embed(net.patch_embed(x[b : b + 1]))
+            t = torch.cat([t[:, :1], tokens + net.pos_embed[0, 0], t[:, 1:]], 1)
+        t = net.norm(net.blocks(t))
         logits = worker.head(t[:, first:7].mean(1))
         expected = F.cross_entropy(logits, y[b : b + 1]) - pull * each[best].sum()
         torch.testing.assert_close(got[b], expected, rtol=1e-4, atol=1e-5)
@@ -107,6 +112,16 @@ def test_l2p_is_its_equations(rig, preset, pull, first):
     assert moved == {"pool.prompts", "head.weight", "head.bias"} | ({"pool.keys"} if pull else set())
     if pull:
         assert {m for m in range(6) if pool.keys.grad[m].any()} == picked
+
+
+def test_l2p_legacy_positions(rig):
+    """Random ones of the run's seed, the same on server and workers, and no part of what travels."""
+    r, other = rig(flags("l2p", "--legacy_positions 1")), rig(flags("l2p", "--legacy_positions 1 --seed 1"))
+    table = r.model.front.shifted
+    assert table.shape == (6, D) and torch.equal(table, r.worker.front.shifted) and 0.015 < table.std() < 0.025
+    assert not torch.equal(table, other.model.front.shifted)
+    assert not any("shifted" in n for n in (*r.model.broadcast(), *r.model.net.state_dict()))
+    assert rig(flags("l2p", "")).model.front.shifted is None
 
 
 def test_l2p_keys_come_closer(rig):
