@@ -162,6 +162,9 @@ class Session:
         """Bring accuracy.csv and summary.csv up to date."""
         self.run.write_accuracy(self.results.class_il, self.results.task_il)
         summary = self.results.summary() if self.results.class_il else {}
+        for name in ("federated_bias", "federated_bias_js"):  # the mean over tasks, each after its last round
+            values = [r[name] for r in self.run.rounds if r["round"] == -1 and r.get(name) is not None]
+            summary |= {name: sum(values) / len(values)} if values else {}
         trainable = sum(p.numel() for p in self.model.get_parameters() if p.requires_grad)
         self.run.write_summary(
             {
