@@ -30,7 +30,7 @@ $(VENV)/.run: requirements.txt $(VENV)/.venv
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-$(VENV)/.test: requirements-dev.txt requirements-ray.txt $(VENV)/.run
+$(VENV)/.test: requirements-dev.txt requirements-ray.txt requirements-spiking.txt $(VENV)/.run
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 

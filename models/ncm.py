@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from backbones.utils.head import need_bias
 from federated.message import Message
 from models.utils.federated_model import FederatedModel
 
@@ -19,6 +20,7 @@ class Ncm(FederatedModel):
     COMPATIBILITY = ["class-il", "task-il"]
 
     def __init__(self, backbone, loss, args, transform, dataset=None):
+        need_bias(backbone.classifier)
         backbone.requires_grad_(False)
         super().__init__(backbone, loss, args, transform, dataset)
 

@@ -125,7 +125,7 @@ class Ranpac(FederatedModel):
         return parser
 
     def __init__(self, backbone, loss, args, transform, dataset=None):
-        if args.petl != "none" and not hasattr(backbone, "blocks"):
+        if args.petl != "none" and not hasattr(backbone, "patch_embed"):
             raise UserError(f"--backbone {args.backbone} has no blocks to adapt: use vit or vit-pocket, or --petl none")
         backbone.requires_grad_(False)
         super().__init__(backbone, loss, args, transform, dataset)

@@ -22,7 +22,7 @@ from utils.training import Session
 
 SMALL = ["--dataset=seq-digits", "--debug_mode=1", "--n_epochs=1", "--batch_size=32", "--device=cpu"]
 FEDERATED = ["--fl", "--num_clients=3", "--num_comm_rounds=2", "--partition_mode=iid"]
-BACKBONES = (["--backbone=mnistmlp"], ["--backbone=vit-pocket", "--pretrained=0"])
+BACKBONES = (["--backbone=mnistmlp"], ["--backbone=vit-pocket", "--pretrained=0"], ["--backbone=sresnet-pocket"])
 TIMES = {"train_seconds", "train_cpu_seconds", "total_seconds", "peak_memory_mb"}
 
 

@@ -221,6 +221,17 @@ def add_general_args(parser: ArgumentParser) -> None:
         const=1,
         help="after each task: the bias that is left with balanced classifiers on the network's features",
     )
+    g.add_argument(
+        "--measure_spikes",
+        type=flag01,
+        default=0,
+        nargs="?",
+        const=1,
+        help="after each task: firing rate, operations, energy; accuracy with 1, 2, 4 and 8 time steps; logit drift",
+    )
+    g.add_argument(
+        "--plot_spikes", type=flag01, default=0, nargs="?", const=1, help="after each task: spikes-<task>.png"
+    )
     g.add_argument("--stop_after", type=positive, default=None, help="stop after this many tasks")
     g.add_argument("--debug_mode", type=flag01, default=0, nargs="?", const=1, help="a few batches per epoch only")
     g.add_argument("--nowand", type=flag01, default=1, nargs="?", const=1, help="0: log to Weights & Biases as well")

@@ -104,7 +104,8 @@ class Results:
     Attributes:
         class_il, task_il: lists of rows, row i measured after task i over all evaluation tasks (nan: not evaluated).
         random: class-IL and task-IL accuracies of the untrained model, for forward transfer; None if not measured.
-        bias: what the last measurement says of prediction bias (``incremental_bias``, ``prediction_kl``).
+        bias: what else the last measurement says: prediction bias (``incremental_bias``, ``prediction_kl``), and what
+            ``--measure_bias_source`` and ``--measure_spikes`` add.
     """
 
     def __init__(self, dataset, args) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # imported where used
     from pandas import DataFrame
 
 LOWER_IS_BETTER = re.compile(
-    r"forgetting|.*_mb$|.*_seconds$|.*memory|trainable_params$|(\w+_)?incremental_bias|(\w+_)?prediction_kl|federated_bias$"
+    r"forgetting|.*_mb$|.*_seconds$|.*memory|trainable_params$|(\w+_)?incremental_bias|(\w+_)?prediction_kl|federated_bias$|energy_mj|macs$|sops$|firing_rate|logit_drift"
 )
 HIGHER_IS_BETTER = re.compile(r"faa|avg_inc_acc|bwt|fwt|(ncm|probe)_accuracy")
 ANSI = re.compile(r"\033\[\dm")

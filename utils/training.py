@@ -142,6 +142,8 @@ class Session:
             self.results.task_il.append(task_il)
             if self.args.measure_bias_source:
                 self.results.bias |= bias_source(self.model, self.dataset, task)
+            if self.args.measure_spikes or self.args.plot_spikes:
+                self.spikes(task)
         seen = list(class_il[: len(class_il) if self.args.joint else task + 1])
         seen_task = list(task_il[: len(seen)])
         row = {
@@ -157,6 +159,16 @@ class Session:
         if step is None:
             self.write_files("interrupted")
         return row
+
+    def spikes(self, task: int) -> None:
+        """What ``--measure_spikes`` and ``--plot_spikes`` ask for after a task."""
+        from backbones.utils.spikes import neuron_layers
+        from utils.spiking_metrics import plot_spikes, spiking_metrics
+
+        if self.args.measure_spikes:
+            self.results.bias |= spiking_metrics(self.model, self.dataset, task)
+        if self.args.plot_spikes and neuron_layers(self.model.net):
+            plot_spikes(self.model, self.dataset, task, self.run.path / f"spikes-{task + 1}.png")
 
     def write_files(self, status: str) -> None:
         """Bring accuracy.csv and summary.csv up to date."""

@@ -77,10 +77,10 @@ class Backbone(nn.Module):
     def __init__(self, **_: Any) -> None:
         super().__init__()
 
-    def _attach_head(self, feature_dim: int, num_classes: int) -> None:
+    def _attach_head(self, feature_dim: int, num_classes: int, bias: bool = True) -> None:
         self.feature_dim = feature_dim
         self.num_classes = num_classes
-        self.classifier = nn.Linear(feature_dim, num_classes)
+        self.classifier = nn.Linear(feature_dim, num_classes, bias=bias)
 
     def _features(self, x: torch.Tensor) -> torch.Tensor:
         """Images (B, C, H, W) -> features (B, feature_dim)."""
@@ -145,8 +145,8 @@ class Backbone(nn.Module):
 
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the head by a newly drawn one for ``num_classes`` classes, with the old one's device and type."""
-        like = self.classifier.weight
-        self._attach_head(self.feature_dim, num_classes)
+        like, bias = self.classifier.weight, self.classifier.bias is not None
+        self._attach_head(self.feature_dim, num_classes, bias)
         self.classifier.to(device=like.device, dtype=like.dtype).train(self.training)
 
     def get_params(self) -> torch.Tensor:

@@ -6,6 +6,16 @@ import torch
 from torch import nn
 
 from backbones.utils import client_batch
+from utils.errors import UserError
+
+
+def need_bias(classifier: nn.Linear) -> None:
+    """UserError for a classifier without bias, as spiking networks and their twins have."""
+    if classifier.bias is None:
+        raise UserError(
+            "this method needs a classifier with a bias, which spiking networks and resnet19 lack: train "
+            "the whole network (--tuning full, where there is the choice) or use another --backbone"
+        )
 
 
 class HeadRows(nn.Module):
@@ -25,7 +35,8 @@ class HeadRows(nn.Module):
         self.start = self.end = 0
 
     def take(self, classifier: nn.Linear, start: int, end: int) -> None:
-        """Begin with the classifier's rows ``start:end`` as they are."""
+        """Begin with the classifier's rows ``start:end`` as they are. UserError for a classifier without bias."""
+        need_bias(classifier)
         self.start, self.end = start, end
         self.weight.data = classifier.weight.data[start:end].clone()
         self.bias.data = classifier.bias.data[start:end].clone()

@@ -40,7 +40,7 @@ class PromptMethod(HeadRowsModel):
     GRAFTED: tuple[str, ...] = ()
 
     def __init__(self, backbone, loss, args, transform, dataset=None):
-        if not hasattr(backbone, "blocks"):
+        if not hasattr(backbone, "patch_embed"):
             raise UserError(f"--backbone {args.backbone}: {self.NAME} needs a transformer of timm: vit or vit-pocket")
         backbone.requires_grad_(False)
         super().__init__(backbone, loss, args, transform, dataset)

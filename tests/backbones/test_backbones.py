@@ -268,3 +268,14 @@ def test_pocket_without_its_weights(monkeypatch, tmp_path):
     assert torch.equal(net.norm.weight, source.norm.weight)
     with pytest.raises(ValueError, match="channels"):
         build("resnet18")(torch.rand(1, 2, 8, 8))
+
+
+@pytest.mark.parametrize("method", ["ncm", "fedavg --tuning head", "slca", "hgp", "ranpac", "dolfin"])
+def test_methods_that_need_more_than_a_spiking_network_has_say_so(method, tmp_path, capsys):
+    """A head with bias, a transformer: one line, whichever is missing."""
+    import main
+
+    argv = f"--model {method} --backbone sresnet-pocket --dataset seq-digits --fl --device cpu --debug_mode 1".split()
+    assert main.main([*argv, f"--results_path={tmp_path}"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and "--backbone" in err

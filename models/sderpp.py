@@ -1,0 +1,57 @@
+"""DER++ for spiking networks, snn-DER++ in the comparison of STAER (arXiv 2601.20870); ``--beta 0`` is snn-DER.
+
+    L = CE(z(x), y) + alpha |mean_t z(x') - mean_t z'|^2 + beta CE(z(x''), y'')
+
+with (x', z') and (x'', y'') two independent draws from a reservoir of images, labels and logits in time.
+"""
+
+from __future__ import annotations
+
+from models.utils.spiking import SpikingModel, mean_squares
+from utils.args import add_rehearsal_args, number
+from utils.buffer import Buffer
+
+
+class Sderpp(SpikingModel):
+    """Rehearsal of images and of the logits that they had."""
+
+    NAME = "sderpp"
+
+    @staticmethod
+    def get_parser(parser):
+        SpikingModel.get_parser(parser)
+        add_rehearsal_args(parser)
+        parser.add_argument("--alpha", type=number(float, 0), default=0.5, help="weight of the logits' term")
+        parser.add_argument("--beta", type=number(float, 0), default=0.5, help="weight of the replayed labels")
+        return parser
+
+    def __init__(self, backbone, loss, args, transform, dataset=None):
+        super().__init__(backbone, loss, args, transform, dataset=dataset)
+        self.buffer = Buffer(args.buffer_size)
+
+    def _replay(self):
+        """Images, labels, logits (T, B, K)."""
+        x, y, z = self.buffer.get_data(self.args.minibatch_size, transform=self.transform, device=self.device)
+        return x, y, z.transpose(0, 1)
+
+    def kept_traces(self):
+        """Images of the buffer as in a test, and what the network said of them (n, T, K)."""
+        if self.buffer.is_empty():
+            return None
+        images, _, traces = self.buffer.get_all_data(transform=self.normalization_transform, device=self.device)
+        return images, traces
+
+    def observe(self, inputs, labels, not_aug_inputs, epoch=None):
+        self.opt.zero_grad()
+        outputs = self.net.sequence(inputs)
+        loss = self.classification(outputs, labels)
+        if not self.buffer.is_empty():
+            x, _, z = self._replay()
+            loss = loss + self.args.alpha * mean_squares(self.net.sequence(x), z)
+            if self.args.beta:  # snn-DER draws and runs nothing more
+                x, y, _ = self._replay()
+                loss = loss + self.args.beta * self.classification(self.net.sequence(x), y)
+        loss.backward()
+        self.opt.step()
+        self.buffer.add_data(examples=not_aug_inputs, labels=labels, logits=outputs.detach().transpose(0, 1))
+        return loss.detach()
