@@ -78,7 +78,7 @@ class SpikingResNet(Backbone):
         self,
         num_classes: int,
         shape: Shape,
-        T: int = 2,
+        T: int = 4,
         convention: str = "gt-post",
         fused: bool = True,
         stem_once: bool = True,
@@ -148,7 +148,7 @@ def add_args(parser: argparse.ArgumentParser) -> None:
     """The flags of the spiking backbones."""
     from utils.args import flag01, number
 
-    parser.add_argument("--T", type=number(int, 1), default=2, help="time steps for which a spiking network is run")
+    parser.add_argument("--T", type=number(int, 1), default=4, help="time steps for which a spiking network is run")
     parser.add_argument(
         "--neuron",
         choices=CONVENTIONS,
@@ -172,7 +172,7 @@ def build(args: argparse.Namespace, dataset: Any) -> SpikingResNet:
     return SpikingResNet(
         dataset.N_CLASSES,
         shape_of(args.backbone, dataset),
-        getattr(args, "T", 2),
+        getattr(args, "T", 4),
         getattr(args, "neuron", "gt-post"),
         bool(getattr(args, "fused_neuron", 1)),
         bool(getattr(args, "stem_once", 1)),

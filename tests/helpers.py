@@ -23,6 +23,8 @@ from utils.training import Session
 SMALL = ["--dataset=seq-digits", "--debug_mode=1", "--n_epochs=1", "--batch_size=32", "--device=cpu"]
 FEDERATED = ["--fl", "--num_clients=3", "--num_comm_rounds=2", "--partition_mode=iid"]
 BACKBONES = (["--backbone=mnistmlp"], ["--backbone=vit-pocket", "--pretrained=0"], ["--backbone=sresnet-pocket"])
+SMALLER = dict.fromkeys(("coda_prompt", "coda_lwf"), ["--pool_size=20"])  # orthonormal rows of a small network
+SMALLER |= dict.fromkeys(("spiking-sgd", "ser", "sderpp", "staer"), ["--T=2", "--batch_size=8"])
 TIMES = {"train_seconds", "train_cpu_seconds", "total_seconds", "peak_memory_mb"}
 
 
@@ -33,7 +35,7 @@ def small_args(model: str, fl: bool) -> list[str] | None:
     if getattr(get_model_class(model), "FEDERATED_ONLY", False) and not fl:
         return None
     for backbone in BACKBONES:
-        argv = [f"--model={model}", *SMALL, *backbone, *setting]
+        argv = [f"--model={model}", *SMALL, *backbone, *setting, *SMALLER.get(model, ())]
         try:
             main.build(parse_args(argv))
             return argv

@@ -27,8 +27,11 @@ MISTAKES = [
     ("--model dolfim --dataset seq-digits", "did you mean 'dolfin'?"),
     ("--model xyzzy --dataset seq-digits", "unknown model 'xyzzy': choose from ccvr, coda_"),
     ("--model er --dataset seq-digit", "unknown dataset 'seq-digit': did you mean 'seq-digits'"),
-    ("--model er --dataset seq-digits --backbone resnet81", "unknown backbone 'resnet81': did you mean 'resnet18'"),
-    ("--model er --dataset seq-digits --network vit_pockett", "did you mean 'vit-pocket'?"),
+    (
+        "--model er --dataset seq-digits --backbone resnet81",
+        "unknown backbone 'resnet81': did you mean 'resnet19' or 'resnet18'",
+    ),
+    ("--model er --dataset seq-digits --network vit_pockett", "did you mean 'vit-pocket' or "),
     (f"{ER} --bufer_size 3", "unknown flag '--bufer_size' for model 'er': did you mean '--buffer_size'"),
     (f"{ER} --batchsize=3", "unknown flag '--batchsize' for model 'er': did you mean '--batch_size'"),
     ("--model sgd --dataset seq-digits --buffer_size 3", "unknown flag '--buffer_size' for model 'sgd'"),

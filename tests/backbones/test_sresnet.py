@@ -78,7 +78,7 @@ def test_names_and_flags():
         "sresnet-pocket",
     }
     parser = get_backbone_parser("sresnet19")
-    assert vars(parser.parse_args([])) == {"T": 2, "neuron": "gt-post", "fused_neuron": 1, "stem_once": 1}
+    assert vars(parser.parse_args([])) == {"T": 4, "neuron": "gt-post", "fused_neuron": 1, "stem_once": 1}
     assert vars(get_backbone_parser("resnet19").parse_args([])) == {}
     net = build("sresnet-pocket", T=3, neuron="ge-pre", fused_neuron=0, stem_once=0)
     assert (net.T, net.lif1.convention, net.lif1.fused, net.stem_once) == (3, "ge-pre", False, False)
