@@ -26,7 +26,7 @@ from torch import Tensor
 
 from federated.message import Message
 from models.fedavg import FedAvg
-from models.utils.prototypes import ClassStats
+from models.utils.prototypes import class_stats
 from utils.args import number
 from utils.errors import UserError
 from utils.evaluate import evaluate, tasks_to_test
@@ -161,13 +161,9 @@ class FedProto(FedAvg):
         off = (means - self.prototypes[classes]).square().mean(1)
         return loss.mean() + self.args.proto_weight * (off * self.known[classes]).sum()
 
-    @torch.no_grad()
     def after_local(self, client) -> Message:
         """Local prototypes (eq. 3), (C_t, d) with counts (C_t,), and the model where it is shared."""
-        stats = ClassStats(self.n_past_classes, self.n_classes_current_task)
-        self.net.eval()
-        for inputs, labels in client.stat_loader():
-            stats.add(self.features(inputs), labels)
+        stats = class_stats(self, client)
         own = Message({"proto.means": stats.means().to(stats.dtype), "proto.counts": stats.counts.to(stats.dtype)})
         if not self.personal:
             return Message({**super().after_local(client), **own})

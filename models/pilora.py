@@ -33,7 +33,7 @@ from backbones.utils.lora import LoRA
 from federated.message import Message
 from models.fedavg import FedAvg, add_lora_args
 from models.utils.merging import wide
-from models.utils.prototypes import ClassStats
+from models.utils.prototypes import class_stats
 from utils.args import flag01, number
 
 
@@ -225,10 +225,7 @@ class Pilora(FedAvg):
 
     def after_local(self, client) -> Message:
         """The pair, the prototypes, and mean features of classes with enough samples."""
-        stats = ClassStats(self.n_past_classes, self.n_classes_current_task)
-        with torch.no_grad():
-            for inputs, labels in client.stat_loader():
-                stats.add(self.features(inputs), labels)
+        stats = class_stats(self, client)
         enough = (stats.counts > self.args.pilora_min_samples).nonzero()[:, 0]
         means = stats.means()[enough].to(stats.dtype)
         own = {"proto.classes": enough + self.n_past_classes, "proto.means": means}

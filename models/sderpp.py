@@ -7,8 +7,8 @@ with (x', z') and (x'', y'') two independent draws from a reservoir of images, l
 
 from __future__ import annotations
 
+from models.derpp import Derpp
 from models.utils.spiking import SpikingModel, mean_squares
-from utils.args import add_rehearsal_args, number
 from utils.buffer import Buffer
 
 
@@ -19,11 +19,7 @@ class Sderpp(SpikingModel):
 
     @staticmethod
     def get_parser(parser):
-        SpikingModel.get_parser(parser)
-        add_rehearsal_args(parser)
-        parser.add_argument("--alpha", type=number(float, 0), default=0.5, help="weight of the logits' term")
-        parser.add_argument("--beta", type=number(float, 0), default=0.5, help="weight of the replayed labels")
-        return parser
+        return Derpp.get_parser(SpikingModel.get_parser(parser))
 
     def __init__(self, backbone, loss, args, transform, dataset=None):
         super().__init__(backbone, loss, args, transform, dataset=dataset)

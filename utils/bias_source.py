@@ -12,20 +12,17 @@ import warnings
 import numpy as np
 import torch
 
+from utils.evaluate import EVAL_BATCH, evaluating, evaluation_batches
 from utils.metrics import prediction_bias, prediction_share
 
 PER_CLASS = 100  # training images of a class at most
 
 
 @torch.no_grad()
-def _features(model, dataset, task: int, indices, train: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Features (n, d) and labels (n,) of images, with the test transform."""
+def _features(model, batches) -> tuple[np.ndarray, np.ndarray]:
+    """Features (n, d) and labels (n,) of all batches (inputs, labels)."""
     of = getattr(model, "features", None) or model.net.features
-    split = {"split": "train"} if train else {}
-    pairs = [
-        (of(x).float().cpu(), y.cpu())
-        for x, y in dataset.loader(indices, task, 256, train=False, device=model.device, **split)
-    ]
+    pairs = [(of(x).float().cpu(), y.cpu()) for loader in batches for x, y in loader]
     return tuple(torch.cat(parts).numpy() for parts in zip(*pairs, strict=True))
 
 
@@ -41,20 +38,17 @@ def bias_source(model, dataset, after: int) -> dict[str, float | None]:
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    was_training = model.training, model.net.training
-    model.eval()
     tasks, seen = range(after + 1), model.n_seen_classes
     labels = dataset.train_labels.cpu()
     own = [dataset.task_indices(t, train=True) for t in tasks]
     fewest = min(PER_CLASS, min(int(n) for i in own for n in labels[i.cpu()].unique(return_counts=True)[1]))
     some = [torch.cat([i[labels[i.cpu()] == c][:fewest] for c in labels[i.cpu()].unique()]) for i in own]
-    Z, y = map(np.concatenate, zip(*(_features(model, dataset, t, i, True) for t, i in zip(tasks, some))))
-    V, v = map(
-        np.concatenate,
-        zip(*(_features(model, dataset, t, dataset.task_indices(t, train=False), False) for t in tasks)),
-    )
-    model.train(was_training[0])
-    model.net.train(was_training[1])
+    balanced = [
+        dataset.loader(i, t, EVAL_BATCH, train=False, split="train", device=model.device) for t, i in zip(tasks, some)
+    ]
+    with evaluating(model):
+        Z, y = _features(model, balanced)
+        V, v = _features(model, (evaluation_batches(dataset, t, model.device) for t in tasks))
 
     out: dict[str, float | None] = {}
     heads = {"ncm": NearestCentroid(), "probe": make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -48,6 +49,24 @@ class Features:
             yield model.net.logits(features), labels
 
 
+def evaluation_batches(dataset, task: int, device, keep: slice = slice(None)):
+    """Batches (inputs, labels) of the test images of a task (``keep``: some of them), with the test transform."""
+    indices = dataset.task_indices(task, train=False)[keep]
+    return dataset.loader(indices, task, EVAL_BATCH, train=False, device=device)
+
+
+@contextmanager
+def evaluating(model) -> Iterator[None]:
+    """Within the block, a method and its network are in evaluation mode; afterwards each as it was."""
+    before = model.training, model.net.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(before[0])
+        model.net.train(before[1])
+
+
 @torch.no_grad()
 def evaluate(model, dataset, tasks, features: Features | None = None) -> tuple[list[float], list[float], list[float]]:
     """Accuracy in % on each of ``tasks`` with the model as it is.
@@ -63,32 +82,26 @@ def evaluate(model, dataset, tasks, features: Features | None = None) -> tuple[l
         (class-IL, task-IL, share): accuracies, a value for each task, and the share of class-IL predictions that go to
         each class seen so far, over test images of the seen classes, each class counting the same.
     """
-    if (elsewhere := model.results()) is not None:
-        return elsewhere
-    was_training = model.training, model.net.training
-    model.eval()
     class_il, task_il, classes = [], [], model.n_seen_classes
     said = torch.zeros(classes * classes, device=model.device)  # (class, prediction), flat
     keep = features is not None and features.usable(model)
-    for task in tasks:
-        start, end = dataset.get_offsets(task)
-        seen = model.n_seen_classes if end <= model.n_seen_classes else dataset.N_CLASSES
-        right = right_task = n = torch.zeros((), device=model.device)
-        indices = dataset.task_indices(task, train=False)
-        loader = dataset.loader(indices, task, EVAL_BATCH, train=False, device=model.device)
-        batches = features.batches(model, task, loader) if keep else ((model(x), y) for x, y in loader)
-        for logits, labels in batches:
-            width = min(seen, logits.shape[1])
-            predicted = logits[:, :width].argmax(1)
-            right = right + (predicted == labels).sum()
-            if end <= classes:
-                said += torch.bincount(labels * classes + predicted, minlength=classes * classes)
-            right_task = right_task + (logits[:, start:end].argmax(1) + start == labels).sum()
-            n = n + len(labels)
-        class_il.append(100 * float(right) / float(n))
-        task_il.append(100 * float(right_task) / float(n))
-    model.train(was_training[0])
-    model.net.train(was_training[1])
+    with evaluating(model):
+        for task in tasks:
+            start, end = dataset.get_offsets(task)
+            seen = model.n_seen_classes if end <= model.n_seen_classes else dataset.N_CLASSES
+            right = right_task = n = torch.zeros((), device=model.device)
+            loader = evaluation_batches(dataset, task, model.device)
+            batches = features.batches(model, task, loader) if keep else ((model(x), y) for x, y in loader)
+            for logits, labels in batches:
+                width = min(seen, logits.shape[1])
+                predicted = logits[:, :width].argmax(1)
+                right = right + (predicted == labels).sum()
+                if end <= classes:
+                    said += torch.bincount(labels * classes + predicted, minlength=classes * classes)
+                right_task = right_task + (logits[:, start:end].argmax(1) + start == labels).sum()
+                n = n + len(labels)
+            class_il.append(100 * float(right) / float(n))
+            task_il.append(100 * float(right_task) / float(n))
     return class_il, task_il, prediction_share(said.view(classes, classes).cpu()).tolist()
 
 
@@ -120,7 +133,7 @@ class Results:
         """A row of both matrices, padded with nan."""
         tasks = tasks_to_test(self.dataset, self.args, after)
         pad = [float("nan")] * (self.dataset.n_eval_tasks - len(tasks))
-        class_il, task_il, share = evaluate(model, self.dataset, tasks, self.features)
+        class_il, task_il, share = model.results() or evaluate(model, self.dataset, tasks, self.features)
         self.bias = prediction_bias(share, model.n_past_classes)
         return class_il + pad, task_il + pad
 

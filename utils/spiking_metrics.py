@@ -11,7 +11,7 @@ import torch
 
 from backbones.utils.spikes import SpikeMeter, SpikeRecorder, neuron_layers
 from models.utils.soft_dtw import soft_dtw_divergence
-from utils.evaluate import EVAL_BATCH, evaluate
+from utils.evaluate import EVAL_BATCH, evaluate, evaluating, evaluation_batches
 
 STEPS = (1, 2, 4, 8)  # time steps to test with, whatever the network was trained with
 
@@ -26,33 +26,28 @@ def spiking_metrics(model, dataset, after: int) -> dict[str, float]:
         with so many steps; for methods that keep logits in time ``logit_drift``, the mean Soft-DTW divergence between
         what the network says of its stored images now and what it said then.
     """
-    training, net = model.net.training, model.net
-    net.eval()
+    net, tasks = model.net, list(range(after + 1))
+
+    def faa() -> float:
+        return sum(evaluate(model, dataset, tasks)[0]) / len(tasks)
+
     with SpikeMeter(net) as meter:
-        for x in test_images(model, dataset, after):
-            model(x)
+        as_trained = faa()
     out = {k: v for k, v in meter.energy().items() if k != "dense_macs"}
     if not neuron_layers(net):
         del out["firing_rate"], out["sops"]
     if hasattr(net, "sequence"):
-        trained_with, tasks = net.T, list(range(after + 1))
+        trained_with = net.T
         try:
-            for net.T in STEPS:
-                out[f"faa_T{net.T}"] = sum(evaluate(model, dataset, tasks)[0]) / len(tasks)
+            for steps in STEPS:
+                net.T = steps
+                out[f"faa_T{steps}"] = as_trained if steps == trained_with else faa()
         finally:
             net.T = trained_with
-        drift = logit_drift(model)
+        with evaluating(model):
+            drift = logit_drift(model)
         out |= {} if drift is None else {"logit_drift": drift}
-    net.train(training)
     return out
-
-
-def test_images(model, dataset, after: int):
-    """Normalised test images of tasks 0 to ``after``, batch by batch."""
-    for task in range(after + 1):
-        indices = dataset.task_indices(task, train=False)
-        for x, _ in dataset.loader(indices, task, EVAL_BATCH, train=False, device=model.device):
-            yield x
 
 
 def logit_drift(model) -> float | None:
@@ -77,16 +72,15 @@ def plot_spikes(model, dataset, after: int, file: str | Path) -> None:
 
     layers = list(neuron_layers(model.net))
     shown = list(dict.fromkeys([layers[0], layers[len(layers) // 2], layers[-1]]))
-    firsts = []
-    for task in range(after + 1):
-        indices = dataset.task_indices(task, train=False)[:1]
-        firsts += [x for x, _ in dataset.loader(indices, task, 1, train=False, device=model.device)]
-    training = model.net.training
-    model.net.eval()
-    with torch.no_grad(), SpikeMeter(model.net) as meter, SpikeRecorder(model.net, shown) as recorder:
+    firsts = [x for t in range(after + 1) for x, _ in evaluation_batches(dataset, t, model.device, slice(1))]
+    with (
+        torch.no_grad(),
+        evaluating(model),
+        SpikeMeter(model.net) as meter,
+        SpikeRecorder(model.net, shown) as recorder,
+    ):
         for x in firsts:
             model(x)
-    model.net.train(training)
     fig, axes = plt.subplots(
         len(shown) + 1, 1, figsize=(8, 2.2 * (len(shown) + 1)), layout="constrained", squeeze=False
     )

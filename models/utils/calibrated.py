@@ -8,7 +8,7 @@ import torch
 
 from federated.message import Message
 from models.utils.federated_model import FederatedModel
-from models.utils.prototypes import ClassStats, Prototypes, rebalance
+from models.utils.prototypes import ClassStats, Prototypes, class_stats, rebalance
 from utils.args import number
 from utils.errors import UserError
 
@@ -197,16 +197,10 @@ class Calibrated(FederatedModel):
             client.state["prototypes"] = [client.task, dict(out)]
         return out
 
-    @torch.no_grad()
     def class_stats(self, client, raw: bool = False) -> ClassStats:
-        """Moments of the features of a client's data by class, under the network as it is (``raw``: stored images)."""
+        """:func:`models.utils.prototypes.class_stats` as the flags say (``raw``: of stored images)."""
         a = self.args
-        stats = ClassStats(self.n_past_classes, self.n_classes_current_task, a.proto_cov == "full", a.proto_clip)
-        self.net.eval()
-        for _ in range(a.proto_passes):
-            for inputs, labels in client.stat_loader(augment=a.proto_passes > 1 and not raw, raw=raw):
-                stats.add(self.features(inputs), labels)
-        return stats
+        return class_stats(self, client, a.proto_cov == "full", a.proto_clip, a.proto_passes, raw)
 
     def describe(self, stats: ClassStats, client) -> Message:
         """What the client says of its classes."""

@@ -104,7 +104,7 @@ class ContinualModel(nn.Module):
         return self.net(x)
 
     def results(self) -> tuple[list[float], list[float], list[float]] | None:
-        """What ``utils.evaluate.evaluate`` returns, where it was measured elsewhere; None: test this model."""
+        """What ``utils.evaluate.evaluate`` would return, where it was measured elsewhere; None: test this model."""
         return None
 
     def get_parameters(self):

@@ -27,6 +27,7 @@ from torch import nn
 from federated.message import Message, Reply
 from models.utils.continual_model import ContinualModel
 from models.utils.merging import weighted_mean
+from utils.evaluate import evaluating, evaluation_batches
 from utils.metrics import federated_bias, prediction_share
 
 
@@ -190,13 +191,11 @@ class FederatedModel(ContinualModel):
     @torch.no_grad()
     def measure_bias(self, client) -> dict[str, float]:
         """``federated_bias`` of this client's model as it is, over test images of the current task's classes."""
-        training, start, C = self.net.training, self.n_past_classes, self.n_classes_current_task
-        self.net.eval()
+        start, C = self.n_past_classes, self.n_classes_current_task
         said = torch.zeros(C * C, device=self.device)
-        indices = self.dataset.task_indices(client.task, train=False)
-        for x, y in self.dataset.loader(indices, client.task, 256, train=False, device=self.device):
-            said += torch.bincount((y - start) * C + self.task_logits(x).argmax(1), minlength=C * C)
-        self.net.train(training)
+        with evaluating(self):
+            for x, y in evaluation_batches(self.dataset, client.task, self.device):
+                said += torch.bincount((y - start) * C + self.task_logits(x).argmax(1), minlength=C * C)
         labels = torch.bincount(self.dataset.train_labels[client.indices].cpu() - start, minlength=C)
         share = prediction_share(said.view(C, C).cpu())
         return {n: v for n, v in federated_bias(share, labels).items() if v is not None}

@@ -114,6 +114,24 @@ class ClassStats:
         )
 
 
+@torch.no_grad()
+def class_stats(
+    method, client, full: bool = False, clip: float | None = None, passes: int = 1, raw: bool = False
+) -> ClassStats:
+    """Moments of the features of a client's data by class, under the network as it is, in evaluation mode.
+
+    Args:
+        method: the worker's FederatedModel. full, clip: of :class:`ClassStats`.
+        passes: over the data, augmented if more than one. raw: stored images instead.
+    """
+    stats = ClassStats(method.n_past_classes, method.n_classes_current_task, full, clip)
+    method.net.eval()
+    for _ in range(passes):
+        for inputs, labels in client.stat_loader(augment=passes > 1 and not raw, raw=raw):
+            stats.add(method.features(inputs), labels)
+    return stats
+
+
 class Prototypes:
     """The Gaussians that a server holds, J of them, each of one client and one class.
 
