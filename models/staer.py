@@ -126,16 +126,13 @@ class Staer(Ser):
     def record(self, inputs: Tensor) -> Tensor:
         """Traces of a batch (B, all steps, K), contraction, same and expansion joined.
 
-        A static image is shown for fewer or more steps. Of frames (B, T, C, H, W), pairs are added up, or each is shown
-        twice at half its size, so that no event is lost or made.
+        A static image is shown for fewer or more steps; events (B, T, C, H, W) are counted into fewer or more frames
+        (the released code, for images only, would play half of a recording, or the whole of it twice).
         """
-        T, said = self.net.T, []
+        said = []
         for steps in self.spans():
-            frames, n = inputs, steps
-            if inputs.dim() == 5 and steps != T:
-                pairs = inputs.unflatten(1, (-1, 2)) if steps < T else None
-                frames = pairs.sum(2) if pairs is not None else inputs.repeat_interleave(2, 1) / 2
-            said.append(self.net.sequence(frames, n).transpose(0, 1))
+            shown = self.dataset.rebin(inputs, steps) if inputs.dim() == 5 else inputs
+            said.append(self.net.sequence(shown, steps).transpose(0, 1))
         return torch.cat(said, 1)
 
     @torch.no_grad()

@@ -401,6 +401,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         from datasets import get_dataset_class
 
         data_cls = get_dataset_class(dataset)
+        data_cls.get_parser(parser.add_argument_group(f"dataset {dataset}"))
         fl = "--fl" in argv or _implied_fl(cls, argv)
         defaults = data_cls.defaults(fl)
         chosen = dataset_config(dataset, _peek(argv, "--dataset_config"))

@@ -52,7 +52,8 @@ class Features:
 def evaluation_batches(dataset, task: int, device, keep: slice = slice(None)):
     """Batches (inputs, labels) of the test images of a task (``keep``: some of them), with the test transform."""
     indices = dataset.task_indices(task, train=False)[keep]
-    return dataset.loader(indices, task, EVAL_BATCH, train=False, device=device)
+    batch = max(EVAL_BATCH // (dataset.FRAMES or 1), 1)
+    return dataset.loader(indices, task, batch, train=False, device=device)
 
 
 @contextmanager

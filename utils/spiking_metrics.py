@@ -5,6 +5,7 @@ Networks with ReLUs have the costs too, of the multiply-accumulates that their s
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -23,8 +24,9 @@ def spiking_metrics(model, dataset, after: int) -> dict[str, float]:
     Returns:
         ``energy_mj``, ``macs``, ``sops`` (for each image) and ``firing_rate`` (spikes for each neuron and step) of
         :class:`SpikeMeter`; for networks over time ``faa_T1`` ... ``faa_T8``, class-IL accuracy in % (mean over tasks)
-        with so many steps; for methods that keep logits in time ``logit_drift``, the mean Soft-DTW divergence between
-        what the network says of its stored images now and what it said then.
+        with so many steps (of events: where their frames can be counted into so many); for methods that keep logits in
+        time ``logit_drift``, the mean Soft-DTW divergence between what the network says of its stored images now and
+        what it said then.
     """
     net, tasks = model.net, list(range(after + 1))
 
@@ -41,7 +43,9 @@ def spiking_metrics(model, dataset, after: int) -> dict[str, float]:
         try:
             for steps in STEPS:
                 net.T = steps
-                out[f"faa_T{steps}"] = as_trained if steps == trained_with else faa()
+                with dataset.steps(steps) if dataset.FRAMES else nullcontext(True) as possible:
+                    if possible:
+                        out[f"faa_T{steps}"] = as_trained if steps == trained_with else faa()
         finally:
             net.T = trained_with
         with evaluating(model):

@@ -57,6 +57,7 @@ class ContinualDataset:
     N_CLASSES: int  # derived when absent
     SIZE: tuple[int, int]  # (H, W) as fed to the network
     CHANNELS: int = 3
+    FRAMES: int | None = None  # frames of a sample, for data over time: samples are (FRAMES, C, H, W)
     MEAN: tuple[float, ...] | None = None
     STD: tuple[float, ...] | None = None
     TRAIN_AUGMENT: list = []  # before the normalisation, on float (B, C, H, W) in [0, 1]
@@ -91,18 +92,26 @@ class ContinualDataset:
         self.train_loader: BatchLoader | None = None
         self.test_loaders: list[BatchLoader] = []
         self.configure()
+        self._load()
         self._transforms = {
             True: Compose([*self.TRAIN_AUGMENT, *self._normalize()]),
             False: Compose([*self.TEST_AUGMENT, *self._normalize()]),
         }
-        self._load()
 
     # ---- what a dataset file writes
+    @staticmethod
+    def get_parser(parser):
+        """Add flags of the dataset's own; returns the parser."""
+        return parser
+
     def configure(self) -> None:
         """Adapt SIZE, MEAN, STD, TRAIN_AUGMENT, TEST_AUGMENT to ``self.args``, as instance attributes."""
 
     def load_arrays(self, train: bool) -> tuple[Tensor, Tensor]:
-        """The raw images, uint8 (N, C, H, W), and labels, int64 (N,), in natural order. Called once per process."""
+        """The raw images, uint8 (N, C, H, W), and labels, int64 (N,), in natural order. Called once per process.
+
+        With ``FRAMES`` the images are (N, FRAMES, C, H, W).
+        """
         raise NotImplementedError
 
     def task_images(self, images: Tensor, task: int) -> Tensor:
@@ -144,9 +153,12 @@ class ContinualDataset:
         key = (*self._source, train)
         if key not in _ARRAYS:
             images, labels = self.load_arrays(train)
-            ok = images.dtype == torch.uint8 and images.dim() == 4 and images.shape[1] == self.CHANNELS
+            shape = (self.CHANNELS,) if self.FRAMES is None else (self.FRAMES, self.CHANNELS)
+            ok = images.dtype == torch.uint8 and images.dim() == 3 + len(shape) and images.shape[1:-2] == shape
             if not ok or labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
-                raise ValueError(f"{self.NAME}: load_arrays gives uint8 (N, {self.CHANNELS}, H, W) and int64 (N,)")
+                raise ValueError(
+                    f"{self.NAME}: load_arrays gives uint8 (N, {', '.join(map(str, shape))}, H, W) and int64 (N,)"
+                )
             if len(labels) == 0 or labels.min() < 0 or labels.max() >= self.N_CLASSES:
                 raise ValueError(f"{self.NAME}: load_arrays gives labels outside 0..{self.N_CLASSES - 1}, or none")
             _ARRAYS[key] = images.contiguous(), labels

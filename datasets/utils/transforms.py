@@ -74,12 +74,16 @@ def _pair(v: int | Sequence[int]) -> tuple[int, int]:
 
 
 class BatchTransform:
-    """Base: a single image is a batch of one. Subclasses write ``apply`` for (B, C, H, W)."""
+    """Base: a single image is a batch of one, frames (B, T, C, H, W) are treated alike. Subclasses write ``apply``."""
+
+    pointwise = False  # whether apply takes (..., C, H, W)
 
     def __call__(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        if x.dim() not in (3, 4):
-            raise ValueError(f"{type(self).__name__} takes (B, C, H, W) or (C, H, W), not {tuple(x.shape)}")
-        return self.apply(x, generator) if x.dim() == 4 else self.apply(x[None], generator)[0]
+        if x.dim() == 5 and not self.pointwise:
+            return self.apply(x.flatten(1, 2), generator).unflatten(1, x.shape[1:3])
+        if x.dim() not in (3, 4, 5):
+            raise ValueError(f"{type(self).__name__} takes (B, [T,] C, H, W) or (C, H, W), not {tuple(x.shape)}")
+        return self.apply(x, generator) if x.dim() >= 4 else self.apply(x[None], generator)[0]
 
     def apply(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
         raise NotImplementedError
@@ -111,6 +115,8 @@ class Compose:
 class Normalize(BatchTransform):
     """``(x - mean) / std`` per channel; uint8 is brought to [0, 1] first."""
 
+    pointwise = True
+
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
         self.mean, self.std = tuple(mean), tuple(std)
 
@@ -121,6 +127,8 @@ class Normalize(BatchTransform):
 
 class Denormalize(BatchTransform):
     """The inverse of :class:`Normalize`."""
+
+    pointwise = True
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
         self.mean, self.std = tuple(mean), tuple(std)

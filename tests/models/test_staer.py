@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from datasets.utils.events import Rebin
 from models.staer import own_draws, stretched
 from models.utils.spiking import mean_squares
 from utils.errors import UserError
@@ -170,6 +171,7 @@ def test_traces_are_what_the_network_said_over_fewer_and_more_steps(make):
 def test_events_are_added_up_or_spread(make, monkeypatch):
     r = begin(make(STAER))
     frames, shown = torch.rand(3, 4, 1, 8, 8), []
+    monkeypatch.setattr(r.model.dataset, "rebin", lambda x, n: Rebin(n, "count")(x), raising=False)
     monkeypatch.setattr(r.model.net, "sequence", lambda x, T: shown.append(x) or torch.zeros(T, 3, 10))
     r.model.record(frames)
     assert [x.shape[1] for x in shown] == [2, 4, 8]
