@@ -7,6 +7,8 @@ with (x', z') and (x'', y'') two independent draws from a reservoir of images, l
 
 from __future__ import annotations
 
+import torch
+
 from models.derpp import Derpp
 from models.utils.spiking import SpikingModel, mean_squares
 from utils.buffer import Buffer
@@ -27,15 +29,15 @@ class Sderpp(SpikingModel):
 
     def _replay(self):
         """Images, labels, logits (T, B, K)."""
-        x, y, z = self.buffer.get_data(self.args.minibatch_size, transform=self.transform, device=self.device)
+        x, y, z, _ = self.buffer.get_data(self.args.minibatch_size, transform=self.transform, device=self.device)
         return x, y, z.transpose(0, 1)
 
     def kept_traces(self):
-        """Images of the buffer as in a test, and what the network said of them (n, T, K)."""
+        """Images of the buffer as in a test, what the network said of them (n, T, K), and their tasks."""
         if self.buffer.is_empty():
             return None
-        images, _, traces = self.buffer.get_all_data(transform=self.normalization_transform, device=self.device)
-        return images, traces
+        images, _, traces, tasks = self.buffer.get_all_data(transform=self.normalization_transform, device=self.device)
+        return images, traces, tasks
 
     def observe(self, inputs, labels, not_aug_inputs, epoch=None):
         self.opt.zero_grad()
@@ -49,5 +51,10 @@ class Sderpp(SpikingModel):
                 loss = loss + self.args.beta * self.classification(self.net.sequence(x), y)
         loss.backward()
         self.opt.step()
-        self.buffer.add_data(examples=not_aug_inputs, labels=labels, logits=outputs.detach().transpose(0, 1))
+        self.buffer.add_data(
+            examples=not_aug_inputs,
+            labels=labels,
+            logits=outputs.detach().transpose(0, 1),
+            task_labels=torch.full_like(labels, self.current_task),  # for logit_drift
+        )
         return loss.detach()

@@ -136,12 +136,12 @@ class Staer(Ser):
         return torch.cat(said, 1)
 
     @torch.no_grad()
-    def kept_traces(self) -> tuple[Tensor, Tensor] | None:
-        """Images of the buffer as in a test, and what the network said of them over T steps (n, T, K)."""
+    def kept_traces(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Images of the buffer as in a test, what the network said of them over T steps (n, T, K), and their tasks."""
         if self.traces.is_empty():
             return None
-        images, *_, traces = self.traces.get_all_data(transform=self.normalization_transform, device=self.device)
-        return images, traces.split(self.spans(), 1)[1 if self.rerun else 0]
+        images, *_, traces, tasks = self.traces.get_all_data(transform=self.normalization_transform, device=self.device)
+        return images, traces.split(self.spans(), 1)[1 if self.rerun else 0], tasks
 
     # ---------------------------------------------------------------- alignment
 
@@ -175,7 +175,7 @@ class Staer(Ser):
         with moves, own_draws(*keys, "align"):
             traces = self.record(inputs)
             if not self.traces.is_empty():
-                x, *_, kept = self.traces.get_data(
+                x, *_, kept, _ = self.traces.get_data(
                     self.args.minibatch_size, transform=self.transform, device=self.device
                 )
                 if self.args.beta or self.args.bn_update == "all":
@@ -183,10 +183,11 @@ class Staer(Ser):
                     loss = loss + self.args.beta * term
         loss.backward()
         self.opt.step()
+        tasks = torch.full_like(labels, self.current_task)  # for logit_drift
         if self.traces is self.buffer:
-            self.buffer.add_data(examples=not_aug_inputs, labels=labels, logits=traces)
+            self.buffer.add_data(examples=not_aug_inputs, labels=labels, logits=traces, task_labels=tasks)
         else:
             self.buffer.add_data(examples=not_aug_inputs, labels=labels)
             with own_draws(*keys, "keep"):
-                self.traces.add_data(examples=not_aug_inputs, logits=traces)
+                self.traces.add_data(examples=not_aug_inputs, logits=traces, task_labels=tasks)
         return loss.detach()

@@ -26,7 +26,7 @@ def spiking_metrics(model, dataset, after: int) -> dict[str, float]:
         :class:`SpikeMeter`; for networks over time ``faa_T1`` ... ``faa_T8``, class-IL accuracy in % (mean over tasks)
         with so many steps (of events: where their frames can be counted into so many); for methods that keep logits in
         time ``logit_drift``, the mean Soft-DTW divergence between what the network says of its stored images now and
-        what it said then.
+        what it said then, also for the images of each task.
     """
     net, tasks = model.net, list(range(after + 1))
 
@@ -49,22 +49,29 @@ def spiking_metrics(model, dataset, after: int) -> dict[str, float]:
         finally:
             net.T = trained_with
         with evaluating(model):
-            drift = logit_drift(model)
-        out |= {} if drift is None else {"logit_drift": drift}
+            out |= logit_drift(model, dataset.n_eval_tasks)
     return out
 
 
-def logit_drift(model) -> float | None:
-    """Mean divergence of the traces over T steps that the method keeps (``kept_traces``); None if it keeps none."""
+def logit_drift(model, n_tasks: int) -> dict[str, float | None]:
+    """Mean divergence of the traces over T steps that the method keeps (``kept_traces``); nothing if it keeps none.
+
+    Returns:
+        ``logit_drift`` over all that is kept, and ``logit_drift_1`` ... ``logit_drift_<n_tasks>`` over each task's
+        (None: nothing kept).
+    """
     kept = model.kept_traces() if hasattr(model, "kept_traces") else None
     if kept is None:
-        return None
-    images, then = kept
-    total = torch.zeros((), device=model.device)
-    for x, p in zip(images.split(EVAL_BATCH), then.split(EVAL_BATCH)):
-        now = model.net.sequence(x).transpose(0, 1)
-        total = total + soft_dtw_divergence(now, p).sum()
-    return float(total) / len(images)
+        return {}
+    images, then, tasks = kept
+    parts = [
+        soft_dtw_divergence(model.net.sequence(x).transpose(0, 1), p)
+        for x, p in zip(images.split(EVAL_BATCH), then.split(EVAL_BATCH))
+    ]
+    drift = torch.cat(parts)
+    of_tasks = [drift[tasks == t] for t in range(n_tasks)]
+    by_task = {f"logit_drift_{t + 1}": float(d.mean()) if len(d) else None for t, d in enumerate(of_tasks)}
+    return {"logit_drift": float(drift.mean()), **by_task}
 
 
 def plot_spikes(model, dataset, after: int, file: str | Path) -> None:

@@ -65,7 +65,7 @@ def open_recordings(name: str, root: Path, **kwargs):
 
 def _fetch(reader: type, folder: Path) -> None:
     resources = reader.resource_url_md5()
-    listed = ", ".join(f"{name} (md5 {md5})" for name, _, md5 in resources)
+    listed = ", ".join(f"{name} (md5 {md5}) from {url}" for name, url, md5 in resources)
     for name, url, md5 in resources:
         file = folder / name
         if check_integrity(str(file), md5):
@@ -81,8 +81,7 @@ def _fetch(reader: type, folder: Path) -> None:
             except Exception as e:  # network, disk: the remedy is the same
                 reason = f"its download failed: {e}"
         raise UserError(
-            f"{reader.__name__}: {name} is missing and {reason}; fetch {listed} from {url} and put them in "
-            f"{folder.absolute()}"
+            f"{reader.__name__}: {name} is missing and {reason}; fetch {listed}, and put them in {folder.absolute()}"
         )
 
 

@@ -48,11 +48,18 @@ def test_drift_is_the_divergence_from_what_is_kept(rig, model):
     with torch.no_grad():
         now = r.model.net.sequence(r.model.normalization_transform(buffer.examples[:20])).transpose(0, 1)
         want = soft_dtw_divergence(now, then).mean()
-        assert logit_drift(r.model) == pytest.approx(float(want), rel=1e-4)
+        got = logit_drift(r.model, 3)
+        assert got["logit_drift"] == got["logit_drift_1"] == pytest.approx(float(want), rel=1e-4)
+        assert got["logit_drift_2"] is None and got["logit_drift_3"] is None
         assert want > 1e-3
         kept = r.model.kept_traces
-        r.model.kept_traces = lambda: (kept()[0], now)
-        assert abs(logit_drift(r.model)) < 1e-3
+        r.model.kept_traces = lambda: (kept()[0], now, torch.arange(20) % 2)
+        assert all(abs(d) < 1e-3 for d in logit_drift(r.model, 2).values())
+        off = now + torch.arange(20)[:, None, None] % 2  # the images of task 2 say something else
+        r.model.kept_traces = lambda: (kept()[0], off, torch.arange(20) % 2)
+        apart = logit_drift(r.model, 2)
+        assert abs(apart["logit_drift_1"]) < 1e-3 and apart["logit_drift_2"] > 0.1
+        assert apart["logit_drift"] == pytest.approx((apart["logit_drift_1"] + apart["logit_drift_2"]) / 2)
 
 
 def test_columns_and_pictures(tmp_path):
@@ -60,7 +67,7 @@ def test_columns_and_pictures(tmp_path):
     assert run(argv, tmp_path) == 0
     folder = only_folder(tmp_path)
     last, summary = rows(folder / "rounds.csv")[-1], rows(folder / "summary.csv")[0]
-    for column in ("energy_mj", "macs", "sops", "firing_rate", "faa_T1", "faa_T8", "logit_drift"):
+    for column in ("energy_mj", "macs", "sops", "firing_rate", "faa_T1", "faa_T8", "logit_drift", "logit_drift_2"):
         assert summary[column] == last[column] != ""
     for task in (1, 2):
         assert (folder / f"spikes-{task}.png").read_bytes()[:4] == b"\x89PNG"
