@@ -1,0 +1,126 @@
+"""The tangent regime: a network replaced by its first-order expansion around pretrained weights (TAK, SATA).
+
+    f_lin(x, tau) = f(x, theta_0) + J(x) tau,   J = d f / d theta at theta_0         (Ortiz-Jimenez et al. 2023, eq. 3)
+
+f_lin is linear in tau, so task vectors add up in function space. It also makes a training step cheap: the gradient of a
+loss in tau is J(x)^T dL/df_lin, one ordinary backward pass of the network at theta_0. Differentiating through the
+forward-mode product instead, as published code does, keeps every tangent intermediate as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.func import jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from backbones.utils.base import plain_attention
+from models.utils.federated_model import in_place
+
+Tensors = Mapping[str, Tensor]
+
+
+def places_of(net: nn.Module, names: Iterable[str]) -> dict[str, tuple[nn.Module, str]]:
+    """{name: (module, name within it)} of parameters of ``net`` by their full names; KeyError if unknown."""
+    known, out = dict(net.named_parameters(remove_duplicate=False)), {}
+    for name in names:
+        if name not in known:
+            raise KeyError(name)
+        module, _, key = name.rpartition(".")
+        out[name] = net.get_submodule(module), key
+    return out
+
+
+@contextmanager
+def differentiable_forward(net: nn.Module) -> Iterator[None]:
+    """Within the block attention has derivatives in forward mode, which the fused kernels do not."""
+    with plain_attention(net), sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+@contextmanager
+def frozen_mode(net: nn.Module) -> Iterator[None]:
+    """Within the block every module is in evaluation mode: f must not depend on the batch or on draws."""
+    before = {module: module.training for module in net.modules()}
+    net.eval()
+    try:
+        yield
+    finally:
+        for module, training in before.items():
+            module.training = training
+
+
+class Linearized:
+    """f(., theta_0) and its derivatives in the parameters ``names`` of ``net``, whose values are theta_0.
+
+    theta_0 is read from the network whenever it is needed and never changed. Of parameters that are not named, and of
+    those of which no ``tau`` is given, the tangent is zero, and costs nothing.
+
+    Args:
+        net: any module. names: of parameters, as in ``net.named_parameters()``.
+        function: x -> f(x) (B, C), a call of ``net`` in one way or another; default: ``net`` itself.
+    """
+
+    def __init__(self, net: nn.Module, names: Iterable[str], function: Callable[[Tensor], Tensor] | None = None):
+        self.net, self.function = net, function or net
+        self.places = places_of(net, names)
+
+    def start(self) -> dict[str, Tensor]:
+        """theta_0 {name: tensor}, detached."""
+        return {n: module._parameters[key].detach() for n, (module, key) in self.places.items()}
+
+    def zeros(self) -> dict[str, Tensor]:
+        """tau = 0."""
+        return {n: torch.zeros_like(p) for n, p in self.start().items()}
+
+    def at(self, theta: Tensors, x: Tensor) -> Tensor:
+        """f(x, theta), theta {name: tensor} (others: theta_0)."""
+        with in_place({n: self.places[n] for n in theta}, theta):
+            return self.function(x)
+
+    @torch.no_grad()
+    def output(self, x: Tensor) -> Tensor:
+        """f(x, theta_0) (B, C)."""
+        with frozen_mode(self.net):
+            return self.function(x)
+
+    @torch.no_grad()
+    def tangents(self, x: Tensor, taus: Iterable[Tensors]) -> list[Tensor]:
+        """J(x) tau (B, C) for each of several tau.
+
+        Of a weighted sum of task vectors the answer is the weighted sum: sweeps over coefficients cost no more passes.
+        """
+        start, products = self.start(), []
+        with frozen_mode(self.net), differentiable_forward(self.net):
+            for tau in taus:
+                moved = {n: start[n] for n in tau}
+                products.append(jvp(lambda theta: self.at(theta, x), (moved,), (dict(tau),))[1])
+        return products
+
+    def __call__(self, x: Tensor, tau: Tensors) -> Tensor:
+        """f_lin(x, tau) (B, C), without a graph."""
+        return self.output(x) + self.tangents(x, [tau])[0]
+
+    def step(
+        self, x: Tensor, tau: Tensors, loss: Callable[[Tensor, Tensor], Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """A loss of f_lin and its gradient in tau, by one product in forward mode and one backward pass at theta_0.
+
+        Args:
+            loss: (f(x, theta_0), J(x) tau), both (B, C) -> scalar; only the second depends on tau.
+
+        Returns:
+            (loss, {name: gradient like tau}).
+        """
+        (product,) = self.tangents(x, [tau])
+        leaves = {n: p.requires_grad_() for n, p in self.start().items() if n in tau}
+        with frozen_mode(self.net), torch.enable_grad():
+            f0 = self.at(leaves, x)
+            product = product.requires_grad_()
+            value = loss(f0.detach(), product)
+            (cotangent,) = torch.autograd.grad(value, product)
+            grads = torch.autograd.grad(f0, list(leaves.values()), cotangent, allow_unused=True)
+        return value.detach(), {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(leaves.items(), grads)}
