@@ -210,8 +210,8 @@ class _Tape:
 class Rows:
     """Of a batch of B images: what enters and, for each of K cotangents s, the gradients of <f, s>, by image.
 
-    ``a``: {layer: (B, R, inputs)}, for LayerNorms before the affine map. ``g``: {layer: (K, B, R, outputs)}, {token: (K,
-    B, D)}. ``weight``: what the square of each gradient counts.
+    ``a``: {layer: (B, R, inputs)}, for LayerNorms before the affine map. ``g``: {layer: (K, B, R, outputs)} and {token:
+    (K, B, D)}. ``weight``: what the square of each gradient counts.
     """
 
     a: dict[str, Tensor]
