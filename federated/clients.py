@@ -110,6 +110,11 @@ class Clients:
         """Those of the clients that are in ``ids``."""
         return Clients(set(ids) & set(self.ids), self._engine, self._ledger, self._task, self._round, self._progress)
 
+    def of_task(self, task: int) -> Clients:
+        """All clients that own samples of another task, for a method whose workers can be brought to any task."""
+        ids = [i for i, n in enumerate(self._engine.partition.sizes(task)) if n > 0]
+        return Clients(ids, self._engine, self._ledger, task, self._round, self._progress)
+
     def _watched(self, done: Iterator, total: int, call: str) -> Iterator:
         return done if self._progress is None else self._progress(done, total, call)
 

@@ -14,7 +14,7 @@ import torch
 import main
 from datasets.utils.continual_dataset import BatchLoader
 from federated.client import Client
-from models import get_model_class
+from models import get_model_class, get_model_names
 from utils import checkpoints
 from utils.args import parse_args
 from utils.errors import UserError
@@ -25,14 +25,20 @@ FEDERATED = ["--fl", "--num_clients=3", "--num_comm_rounds=2", "--partition_mode
 BACKBONES = (["--backbone=mnistmlp"], ["--backbone=vit-pocket", "--pretrained=0"], ["--backbone=sresnet-pocket"])
 SMALLER = dict.fromkeys(("coda_prompt", "coda_lwf"), ["--pool_size=20"])  # orthonormal rows of a small network
 SMALLER |= dict.fromkeys(("spiking-sgd", "ser", "sderpp", "staer"), ["--T=2", "--batch_size=8"])
-TIMES = {"train_seconds", "train_cpu_seconds", "total_seconds", "peak_memory_mb"}
+TIMES = {"train_seconds", "train_cpu_seconds", "total_seconds", "peak_memory_mb", "kfac_seconds"}
+
+
+def federated_names() -> list[str]:
+    """All methods that run under --fl."""
+    return [m for m in get_model_names() if not get_model_class(m).CENTRAL_ONLY]
 
 
 @cache
 def small_args(model: str, fl: bool) -> list[str] | None:
     """Arguments of a small run of a method, with the smallest network it takes; None if it has no such setting."""
     setting = FEDERATED if fl else []
-    if getattr(get_model_class(model), "FEDERATED_ONLY", False) and not fl:
+    cls = get_model_class(model)
+    if getattr(cls, "CENTRAL_ONLY" if fl else "FEDERATED_ONLY", False):
         return None
     for backbone in BACKBONES:
         argv = [f"--model={model}", *SMALL, *backbone, *setting, *SMALLER.get(model, ())]

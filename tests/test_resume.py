@@ -61,12 +61,16 @@ def die_and_go_on(mortal: Mortal, argv: list[str], tmp_path: Path, each: int = 1
     assert_same_run(only_folder(calm), done)
 
 
+def stands_for_central(cls) -> bool:
+    return cls.NAME == "dolfin" or cls.CENTRAL_ONLY or not issubclass(cls, FederatedModel)
+
+
 # Without --fl a federated method is the same simulation with one client: DOLFIN stands for all of them.
 CASES = [
     pytest.param(model, fl, id=f"{model}{'-fl' if fl else ''}")
     for model in get_model_names()
     for fl in (False, True)
-    if fl or model == "dolfin" or not issubclass(get_model_class(model), FederatedModel)
+    if (not get_model_class(model).CENTRAL_ONLY if fl else stands_for_central(get_model_class(model)))
 ]
 
 

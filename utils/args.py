@@ -465,6 +465,8 @@ def _check(args: Namespace, cls: type, data_cls: type) -> None:
     """Settings that do not go together."""
     if getattr(cls, "FEDERATED_ONLY", False) and not args.fl:
         raise UserError(f"model {args.model!r} is a federated method: add --fl")
+    if getattr(cls, "CENTRAL_ONLY", False) and args.fl:
+        raise UserError(f"model {args.model!r} needs the data of all tasks and clients in one place: leave out --fl")
     if not args.fl:
         useless = [f"--{f}" for f in FEDERATED_FLAGS if f in args.given]
         if useless:

@@ -144,6 +144,8 @@ class Session:
                 self.results.bias |= bias_source(self.model, self.dataset, task)
             if self.args.measure_spikes or self.args.plot_spikes:
                 self.spikes(task)
+            if task + 1 == self.dataset.n_train_tasks:
+                self.results.bias |= self.model.final_metrics(self.dataset, self.run.path)
         seen = list(class_il[: len(class_il) if self.args.joint else task + 1])
         seen_task = list(task_il[: len(seen)])
         row = {

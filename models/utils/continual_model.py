@@ -32,7 +32,7 @@ class ContinualModel(nn.Module):
     NAME: str
     COMPATIBILITY: list[str]
     AVAIL_OPTIMS = ["sgd", "adam", "adamw"]
-    FEDERATED_ONLY = False
+    FEDERATED_ONLY = CENTRAL_ONLY = False
     SCALES_LOSS = False  # whether the training step scales the loss, as gradients in float16 need
 
     # Old Mammoth methods do not pass the data set to this constructor; ``construct`` leaves it here meanwhile.
@@ -106,6 +106,10 @@ class ContinualModel(nn.Module):
     def results(self) -> tuple[list[float], list[float], list[float]] | None:
         """What ``utils.evaluate.evaluate`` would return, where it was measured elsewhere; None: test this model."""
         return None
+
+    def final_metrics(self, dataset, folder) -> dict[str, float]:
+        """What the method measures of itself once all tasks are learnt: columns of the summary, files in ``folder``."""
+        return {}
 
     def get_parameters(self):
         """The parameters the optimiser updates."""

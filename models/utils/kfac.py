@@ -25,9 +25,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -217,7 +218,12 @@ class Rows:
     a: dict[str, Tensor]
     g: dict[str, Tensor]
     weight: float
-    first: bool = field(default=True)  # whether this batch's a have not been given before
+    first: bool = True  # whether this batch's a have not been given before
+
+    @property
+    def images(self) -> int:
+        """B."""
+        return next(iter(self.g.values())).shape[1]
 
 
 def gradients(
@@ -314,7 +320,25 @@ def _add(total: Curvature, rows: Rows, mode: str) -> None:
     for name in total.layout.tokens:
         _gram(rows.g[name].flatten(0, 1), total.F[name], rows.weight)
     if rows.first:
-        total.n += len(next(iter(rows.a.values())))
+        total.n += rows.images
+
+
+@dataclass
+class Diagonal:
+    """The diagonal of sum_x J^T J itself over ``n`` images, {parameter: like it}: a smaller :class:`Curvature`."""
+
+    D: dict[str, Tensor]
+    n: int = 0
+
+    def __add__(self, other: Diagonal) -> Diagonal:
+        return self.with_tensors({k: t + other.tensors()[k] for k, t in self.tensors().items()}, self.n + other.n)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """{'D.parameter': ...}."""
+        return {f"D.{n}": t for n, t in self.D.items()}
+
+    def with_tensors(self, tensors: Mapping[str, Tensor], n: int) -> Diagonal:
+        return replace(self, D={name[2:]: t for name, t in tensors.items()}, n=n)
 
 
 def ggn_diagonal(
@@ -324,19 +348,18 @@ def ggn_diagonal(
     batches: Iterable[Tensor],
     draws: int = 0,
     generator: torch.Generator | None = None,
-) -> tuple[dict[str, Tensor], int]:
-    """The diagonal of sum_x J^T J itself, {parameter: like it}, and the number of images. Arguments: :func:`curvature`.
+) -> Diagonal:
+    """The diagonal of the matrix itself, for all parameters of the layout. Arguments: :func:`curvature`.
 
     Gradients of weights are summed over an image's tokens before they are squared.
     """
     parameters, n = dict(net.named_parameters()), 0
-    names = [
-        f"{m}.{k}" for b in layout.blocks for m in b.layers for k in (("weight", "bias") if b.bias else ("weight",))
-    ]
+    keys = {b: ("weight", "bias") if b.bias else ("weight",) for b in layout.blocks}
+    names = [f"{layer}.{k}" for b in layout.blocks for layer in b.layers for k in keys[b]]
     total = {m: torch.zeros_like(parameters[m], dtype=wide(parameters[m])) for m in (*names, *layout.full)}
     with torch.no_grad(), exact_float32():
         for rows in gradients(net, layout, function, batches, draws, generator):
-            n += rows.g[next(iter(rows.g))].shape[1] if rows.first else 0
+            n += rows.images if rows.first else 0
             for name in total:
                 layer, _, key = name.rpartition(".")
                 if name in layout.tokens:
@@ -348,7 +371,7 @@ def ggn_diagonal(
                 else:  # image by image: their gradients are as large as the weight
                     squares = sum((g.mT @ a).square().sum(0) for a, g in zip(rows.a[layer], rows.g[layer].unbind(1)))
                 total[name] += rows.weight * squares.reshape(total[name].shape).to(total[name].dtype)
-    return total, n
+    return Diagonal(total, n)
 
 
 # ---------------------------------------------------------------- the other tasks
@@ -363,9 +386,9 @@ class References:
     B is a sum and not a mean, so that for T equal tasks the Kronecker blocks weigh T times as much as in eq. 7.
     """
 
-    total: Curvature | None = None
+    total: Curvature | Diagonal | None = None
 
-    def add(self, task: Curvature, sign: int = 1) -> None:
+    def add(self, task: Curvature | Diagonal, sign: int = 1) -> None:
         """Add the curvature of a data set, or with ``sign`` -1 take it out."""
         parts = {n: sign * (t / task.n if n.startswith("B.") else t) for n, t in task.tensors().items()}
         if self.total is None:
@@ -374,13 +397,13 @@ class References:
             mine = self.total.tensors()
             self.total = task.with_tensors({n: mine[n] + t for n, t in parts.items()}, self.total.n + sign * task.n)
 
-    def without(self, task: Curvature) -> References:
+    def without(self, task: Curvature | Diagonal) -> References:
         """All but one."""
         rest = References(self.total)
         rest.add(task, -1)
         return rest
 
-    def mean(self) -> Curvature | None:
+    def mean(self) -> Curvature | Diagonal | None:
         """A, B and F as above, with n = 1; None if there is nothing."""
         if self.total is None or self.total.n <= 0:
             return None
@@ -390,7 +413,7 @@ class References:
         )
 
 
-def each(tasks: Sequence[Curvature]) -> list[tuple[float, Curvature]]:
+def each(tasks: Sequence[Curvature | Diagonal]) -> list[tuple[float, Curvature | Diagonal]]:
     """The tasks one by one, as eq. 7 has them: (lambda_t = n_t / sum n, means with n = 1)."""
     n = sum(t.n for t in tasks)
     return [(t.n / n, t.with_tensors({k: v / t.n for k, v in t.tensors().items()}, 1)) for t in tasks]
@@ -461,6 +484,25 @@ class Penalty:
         return value, grads
 
 
+class DiagonalPenalty:
+    """sum_t lambda_t sum_j scale d_tj tau_j^2, and its gradient; arguments and result as of :class:`Penalty`."""
+
+    def __init__(
+        self,
+        terms: Sequence[tuple[float, Diagonal]],
+        like: Mapping[str, Tensor],
+        scale: Mapping[str, float] | None = None,
+    ):
+        scale = scale or {}
+        self.d = {n: (scale.get(n, 1.0) * sum(lam * t.D[n] for lam, t in terms)).to(like[n]) for n in terms[0][1].D}
+
+    @torch.no_grad()
+    def __call__(self, tau: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        moved = {n: d * tau[n] for n, d in self.d.items()}
+        value = sum((m * tau[n]).sum() for n, m in moved.items())
+        return value, {n: 2 * m for n, m in moved.items()}
+
+
 # ---------------------------------------------------------------- smaller, and on disk
 
 
@@ -485,25 +527,48 @@ def unpack(packed: Tensor, d: int, blocks: int = 1) -> Tensor:
     return M
 
 
+def packed(factors: Curvature | Diagonal, blocks: int = 1, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """What is stored or sent of factors: triangles (:func:`pack`), and diagonals as they are."""
+    return {n: (t if n.startswith("D.") else pack(t, blocks)).to(dtype) for n, t in factors.tensors().items()}
+
+
+def unpacked(
+    tensors: Mapping[str, Tensor], like: Curvature | Diagonal, n: int, blocks: int = 1
+) -> Curvature | Diagonal:
+    """The inverse of :func:`packed`, in the type and on the device of ``like``."""
+    return like.with_tensors(
+        {
+            name: tensors[name].to(t) if name.startswith("D.") else unpack(tensors[name].to(t), t.shape[-1], blocks)
+            for name, t in like.tensors().items()
+        },
+        n,
+    )
+
+
 def fingerprint(net: nn.Module, **settings) -> dict[str, str]:
-    """What a file of factors belongs to: the network's weights and whatever the settings say, as strings."""
+    """What a file of factors belongs to: the weights of the network's body and what the settings say, as strings."""
     weights = hashlib.blake2b(digest_size=12)
     for name, tensor in sorted(net.state_dict().items()):
-        weights.update(f"{name} {digest(tensor)}".encode())
+        if not name.startswith("classifier."):
+            weights.update(f"{name} {digest(tensor)}".encode())
     return {"weights": weights.hexdigest(), **{k: str(v) for k, v in settings.items()}}
 
 
-def save(file: Path, factors: Curvature, belongs: Mapping[str, str], dtype: torch.dtype = torch.float32) -> None:
-    """Write factors as triangles (safetensors), whole or not at all. ``belongs``: their :func:`fingerprint`."""
-    tensors = {n: pack(t).to("cpu", dtype).contiguous() for n, t in factors.tensors().items()}
-    part = file.with_name(file.name + ".part")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, part, {"n": str(factors.n), "belongs": json.dumps(dict(belongs))})
-    part.replace(file)
+def save(file: Path, factors: Curvature | Diagonal, belongs: Mapping[str, str]) -> None:
+    """Write factors (safetensors, float32), whole or not at all. ``belongs``: their :func:`fingerprint`."""
+    tensors = {n: t.cpu().contiguous() for n, t in packed(factors).items()}
+    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, part, {"n": str(factors.n), "belongs": json.dumps(dict(belongs))})
+        part.replace(file)
+    except OSError as e:
+        part.unlink(missing_ok=True)
+        raise UserError(f"{file} cannot be written ({e.strerror or e}): free some room or choose another folder") from e
 
 
-def load(file: Path, like: Curvature, belongs: Mapping[str, str]) -> Curvature:
-    """What :func:`save` wrote, in the type and on the device of ``like`` (any curvature of that layout).
+def load(file: Path, like: Curvature | Diagonal, belongs: Mapping[str, str]) -> Curvature | Diagonal:
+    """What :func:`save` wrote, in the type and on the device of ``like`` (anything of that layout).
 
     Raises:
         UserError: the file is damaged, or belongs to other weights, data or settings (the first difference is named).
@@ -521,5 +586,4 @@ def load(file: Path, like: Curvature, belongs: Mapping[str, str]) -> Curvature:
                 f"{file} was computed with {key} = {written.get(key)}, this run has {belongs.get(key)}: use another "
                 "folder, or delete the file"
             )
-    out = {n: unpack(tensors[n].to(t), t.shape[-1]) for n, t in like.tensors().items()}
-    return like.with_tensors(out, int(about["n"]))
+    return unpacked(tensors, like, int(about["n"]))

@@ -9,6 +9,7 @@ forward-mode product instead, as published code does, keeps every tangent interm
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -19,6 +20,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from backbones.utils.base import plain_attention
 from models.utils.federated_model import in_place
+
+with warnings.catch_warnings():  # torch warns of its own use of torch.jit when this is first needed
+    warnings.simplefilter("ignore")
+    import torch._decomp.decompositions_for_jvp
 
 Tensors = Mapping[str, Tensor]
 

@@ -10,6 +10,8 @@ layers of equal shape are solved together.
     task vectors theta_0 + lambda sum_i tau_i, tau_i = theta_i - theta_0        (Ilharco et al. 2023, arXiv 2212.04089)
     TIES         trim, elect signs, mean of those that agree               (Yadav et al. 2023, arXiv 2306.01708)
     DARE         drop entries of tau_i at random and rescale                  (Yu et al. 2024, arXiv 2311.03099)
+    Iso, TSV     spectra of task vectors made flat; their leading triplets made orthogonal
+    WUDI         least disturbance of the inputs that task vectors themselves suggest
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 UNSEEN = 1e-30  # an input whose energy is below this share of the largest one was never seen
 SINGULAR = 1e-12  # a squared pivot of the equilibrated matrix below this is rounding
@@ -302,3 +304,70 @@ def dare(tau: Tensor, drop: float, generator: torch.Generator | None = None) -> 
         raise ValueError(f"the share of entries to drop is at least 0 and below 1, not {drop}")
     mask = torch.rand(tau.shape, generator=generator, device="cpu" if generator is None else generator.device)
     return tau * (mask >= drop).to(tau) / (1 - drop)
+
+
+def iso_c(taus: Sequence[Tensor]) -> Tensor:
+    """sigma U V^T of the sum U S V^T of task vectors (o x d), sigma the mean of S (Iso-C, arXiv 2502.04959, Alg. 1)."""
+    U, S, Vh = torch.linalg.svd(sum(t.to(wide(t)) for t in taus), full_matrices=False)
+    return (S.mean() * U @ Vh).to(taus[0].dtype)
+
+
+def _polar(M: Tensor) -> Tensor:
+    """The matrix with orthonormal columns (or rows) nearest to M."""
+    U, _, Vh = torch.linalg.svd(M, full_matrices=False)
+    return U @ Vh
+
+
+def iso_cts(taus: Sequence[Tensor], common: float = 0.8) -> Tensor:
+    """Iso-CTS (arXiv 2502.04959, Alg. 2): common directions of the sum, then each task's own, all equally long.
+
+    Args:
+        taus: (o x d) each. common: share of the min(o, d) directions that the sum gives; the tasks share the rest.
+    """
+    dtype, kind = wide(taus[0]), taus[0].dtype
+    taus = [t.to(dtype) for t in taus]
+    U, S, Vh = torch.linalg.svd(sum(taus), full_matrices=False)
+    own = round((len(S) - int(common * len(S))) / len(taus))  # directions of each task
+    c = max(len(S) - own * len(taus), 0)
+    Us, Ss, Vs = [], [], []
+    for t in taus if own else []:
+        u, s, vh = torch.linalg.svd(t - U[:, :c] @ (U[:, :c].mT @ t), full_matrices=False)
+        Us.append(u[:, :own]), Ss.append(s[:own]), Vs.append(vh[:own])
+    left, right = torch.cat([*Us, U[:, :c]], 1), torch.cat([*Vs, Vh[:c]])
+    sigma = torch.cat([*Ss, S[:c]]).mean()
+    return (sigma * _polar(left) @ _polar(right)).to(kind)
+
+
+def tsv_m(taus: Sequence[Tensor]) -> Tensor:
+    """TSV-Merge (Gargiulo et al. 2025, arXiv 2412.00081): the leading singular triplets of each of T task vectors.
+
+    Of each (o x d), min(o, d) / T triplets; the joined left and right vectors are made orthonormal (polar factors).
+    """
+    dtype = wide(taus[0])
+    k = max(min(taus[0].shape) // len(taus), 1)
+    parts = [torch.linalg.svd(t.to(dtype), full_matrices=False) for t in taus]
+    U, V = torch.cat([u[:, :k] for u, _, _ in parts], 1), torch.cat([vh[:k] for _, _, vh in parts])
+    S = torch.cat([s[:k] for _, s, _ in parts])
+    return ((_polar(U) * S) @ _polar(V)).to(taus[0].dtype)
+
+
+def wudi(taus: Sequence[Tensor], steps: int = 400, lr: float = 1e-5) -> Tensor:
+    """WUDI-Merging (arXiv 2503.08099): M (o x d) that disturbs no task's own directions.
+
+        L(M) = sum_i |(M - tau_i) tau_i^T|^2 / |tau_i|^2
+
+    Adam from M = sum_i tau_i; with ``steps`` 0 the minimum itself, a regression with tau_i^T tau_i / |tau_i|^2 for Gram
+    matrices. The few steps are part of the method: they keep M near the sum.
+    """
+    dtype = wide(taus[0])
+    T = torch.stack([t.to(dtype) for t in taus])
+    G = T.mT @ T / T.square().sum((1, 2), keepdim=True).clamp(min=UNSEEN)
+    if steps == 0:
+        return regression_merge(list(T), list(G)).to(taus[0].dtype)
+    total, weighted = G.sum(0), (T @ G).sum(0)
+    M = nn.Parameter(T.sum(0))
+    opt = torch.optim.Adam([M], lr=lr)
+    for _ in range(steps):
+        M.grad = 2 * (M.detach() @ total - weighted)
+        opt.step()
+    return M.detach().to(taus[0].dtype)

@@ -19,11 +19,10 @@ from datasets.utils.transforms import (
 from federated.engines import batched as module
 from federated.engines.batched import BatchedEngine
 from models.fedavg import FedAvg
-from tests.helpers import only_folder, run, small_args
+from tests.helpers import federated_names, only_folder, run, small_args
 from tests.rig import Rig
 from utils.conf import make_generator
 from utils.errors import ClientError
-from utils.registry import scan
 
 SHORT = "--fl --num_clients 5 --num_comm_rounds 2 --n_epochs 2 --batch_size 16 --stop_after 2 --debug_mode 1"
 LORA = f"--model fedavg --tuning lora --lr 0.01 --optimizer sgd {SHORT}"
@@ -117,7 +116,7 @@ def count(monkeypatch):
 
 @pytest.mark.usefixtures("nano")
 @pytest.mark.parametrize("partition", PARTITIONS, ids=["distribution", "quantity"])
-@pytest.mark.parametrize("model", sorted(scan("models")))
+@pytest.mark.parametrize("model", federated_names())
 def test_every_method_gives_the_same_global_state(tmp_path, model, partition):
     """Two tasks of two rounds, over whatever network the method takes."""
     ends = []

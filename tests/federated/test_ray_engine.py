@@ -29,7 +29,7 @@ from federated.engines.serial import SerialEngine  # noqa: E402
 from federated.message import Message  # noqa: E402
 from models import get_model_class  # noqa: E402
 from models.utils.federated_model import FederatedModel  # noqa: E402
-from tests.helpers import SMALL, assert_same_run, finished, only_folder, run, small_args  # noqa: E402
+from tests.helpers import SMALL, assert_same_run, federated_names, finished, only_folder, run, small_args  # noqa: E402
 from tests.rig import MLP, POCKET, Rig  # noqa: E402
 from utils import registry  # noqa: E402
 from utils.checkpoints import Writer, digest  # noqa: E402
@@ -242,7 +242,7 @@ def both(tmp_path, monkeypatch, pooled):
 @pytest.mark.parametrize(
     "model",
     [
-        *(m for m in sorted(registry.scan("models")) if issubclass(get_model_class(m), FederatedModel)),
+        *(m for m in federated_names() if issubclass(get_model_class(m), FederatedModel)),
         *("er", "lwf", "derpp", "ewc_on"),
     ],
 )

@@ -13,6 +13,7 @@ from torch.func import functional_call, jacrev, vmap
 from backbones.vit import as_backbone
 from models.utils.kfac import (
     Curvature,
+    DiagonalPenalty,
     Layout,
     Penalty,
     References,
@@ -199,15 +200,16 @@ def test_draws_are_unbiased_and_averaged(vit):
 
 @pytest.mark.parametrize("draws", [0, 3])
 def test_diagonal_of_the_matrix_itself(vit, draws):
-    got, n = ggn_diagonal(
+    diagonal = ggn_diagonal(
         vit.net, Layout.of(vit.net, vit.names), vit.f, IMAGES.split(4), draws, torch.Generator().manual_seed(1)
     )
-    assert n == 6 and set(got) == set(vit.names)
+    got = diagonal.D
+    assert diagonal.n == 6 and set(got) == set(vit.names)
     if draws == 0:
         for name, j in jacobian(vit.net, vit.names, vit.f, IMAGES).items():
             torch.testing.assert_close(got[name].flatten(), j.square().sum((0, 1)))
     else:
-        exact, _ = ggn_diagonal(vit.net, Layout.of(vit.net, vit.names), vit.f, [IMAGES])
+        exact = ggn_diagonal(vit.net, Layout.of(vit.net, vit.names), vit.f, [IMAGES]).D
         ratio = sum(float(t.sum()) for t in got.values()) / sum(float(t.sum()) for t in exact.values())
         assert 0.5 < ratio < 2
 
@@ -400,3 +402,24 @@ def test_mistakes(vit):
     with pytest.raises(UserError, match="0 is used twice"):
         curvature(net, Layout.of(net, names), lambda x: net(net(x)), [torch.randn(2, 3, dtype=DTYPE)])
     assert not net[0]._forward_hooks
+
+
+def test_diagonals_are_merged_and_penalised(vit):
+    layout = Layout.of(vit.net, vit.names)
+    tasks = [ggn_diagonal(vit.net, layout, vit.f, [x]) for x in (IMAGES[:4], IMAGES[4:])]
+    tau = {n: torch.randn_like(p) for n, p in vit.net.named_parameters() if n in vit.names}
+    value, grads = DiagonalPenalty(each(tasks), tau, {"cls_token": 3.0})(tau)
+    refs = References()
+    for t in tasks:
+        refs.add(t)
+    merged, other = DiagonalPenalty([(1.0, refs.mean())], tau, {"cls_token": 3.0})(tau)
+    torch.testing.assert_close(value, merged)  # a weighted mean is exact here
+    whole = sum(
+        (3.0 if n == "cls_token" else 1.0) * ((tasks[0].D[n] + tasks[1].D[n]) / 6 * t.square()).sum()
+        for n, t in tau.items()
+    )
+    torch.testing.assert_close(value, whole)
+    for n, t in tau.items():
+        factor = 3.0 if n == "cls_token" else 1.0
+        torch.testing.assert_close(grads[n], factor * 2 * (tasks[0].D[n] + tasks[1].D[n]) / 6 * t)
+        torch.testing.assert_close(grads[n], other[n])

@@ -1,0 +1,336 @@
+"""Task arithmetic (Ilharco et al. 2023, arXiv 2212.04089), with the network itself or in its tangent (Ortiz-Jimenez et
+al. 2023, arXiv 2305.12827).
+
+    tau_t = argmin_tau L_t(theta_0 + tau)             each task by itself, from the pretrained weights
+    theta = theta_0 + alpha merge(tau_1 ... tau_T)    addition; merge is the sum, or what --merging says
+
+``--regime linear`` trains and tests f_lin(x, tau) = f(x, theta_0) + J(x) tau (models/utils/linearize.py), ``full`` the
+network with tau added to its weights, ``attention`` the same with the attention layers' weights alone (arXiv
+2407.07089). f is the vector of features, brought to length one; the classifier W is fixed, class by class what CLIP's
+text encoder says of it or, where the backbone has no text, the mean of f over the training images under theta_0,
+
+    logits = scale * f_lin / |f_lin| W^T,    in training over the classes of the task alone.
+
+Stored and decayed is tau, so weight decay pulls to theta_0. The rate rises for ``--warmup`` steps and falls with a
+cosine, step by step. Under --fl clients train tau and the server averages it: in the tangent that averages functions.
+Of each task a share of the images is held out (``--alpha_share``); by those the best alpha is chosen in the end.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from datasets.utils import seeded, stratified_split
+from federated.message import Message
+from models.utils.federated_model import FederatedModel
+from models.utils.linearize import Linearized
+from models.utils.task_vectors import MERGERS, combined, final_metrics, merge, right
+from utils.args import flag01, number
+from utils.errors import UserError
+
+GROUPS = ("attention", "linears", "proj", "ln", "class_embed", "conv", "pos_embed")
+FROZEN = ("conv", "pos_embed")  # unless asked for: there is no curvature for them
+
+
+def group_of(name: str, module: nn.Module) -> str:
+    """Which of :data:`GROUPS` a parameter is in, by its name (timm's or CLIP's) and the module that owns it."""
+    if isinstance(module, nn.LayerNorm):
+        return "ln"
+    if name.endswith(("cls_token", "class_embedding")):
+        return "class_embed"
+    if name.endswith("pos_embed") or "position_embedding" in name:
+        return "pos_embed"
+    if isinstance(module, nn.Linear):
+        return "attention" if "attn" in name else "proj" if "projection" in name else "linears"
+    return "conv"
+
+
+class TaskArithmetic(FederatedModel):
+    """A task vector for each task, trained apart; their sum in the test."""
+
+    NAME = "task_arithmetic"
+    COMPATIBILITY = ["class-il", "task-il"]
+    SCALES_LOSS = False
+
+    @staticmethod
+    def get_parser(parser):
+        add = parser.add_argument
+        add(
+            "--regime",
+            choices=("linear", "full", "attention"),
+            default="linear",
+            help="tangent of the network, the network, or the network whose attention alone is trained",
+        )
+        for group in GROUPS:
+            add(f"--ft_{group}", type=flag01, default=int(group not in FROZEN), help=f"1: train its {group} parameters")
+        add("--merging", choices=tuple(MERGERS), default="ta", help="how task vectors are merged")
+        add("--alpha", type=number(float), default=1.0, help="coefficient of what the merger gives")
+        add(
+            "--alpha_grid",
+            type=number(float),
+            nargs=3,
+            default=[0.0, 1.5, 0.1],
+            metavar=("FIRST", "LAST", "STEP"),
+            help="coefficients to sweep at the end",
+        )
+        add(
+            "--alpha_share",
+            type=number(float, 0, 0.9),
+            default=0.1,
+            help="share of each task's training images by which the best coefficient is chosen (0: no choice)",
+        )
+        add("--lin_inner_norm", type=flag01, default=1, help="1: f has length one before it is linearised")
+        add("--lin_outer_norm", type=flag01, default=1, help="1: f_lin is brought to length one before the classifier")
+        add("--logit_scale", type=number(float, 0, open_low=True), default=None, help="default: CLIP's own, or 20")
+        add(
+            "--head_shots",
+            type=number(int, 0),
+            default=0,
+            help="images of each class that make its row of the classifier, from each client (0: all)",
+        )
+        add("--warmup", type=number(int, 0), default=500, help="steps for which the rate rises")
+        add("--virtual_bs_n", type=number(int, 1), default=1, help="batches whose gradients make one step")
+        add("--localisation", type=flag01, default=0, nargs="?", const=1, help="1: AUROC of |J tau_t|^2, in the end")
+        add(
+            "--disentanglement",
+            type=number(int, 0),
+            nargs="*",
+            default=[],
+            metavar="TASK",
+            help="pairs of tasks whose disentanglement error is drawn in the end",
+        )
+        add("--control_dataset", default=None, help="negation in the end: forget each task, keep this data set")
+        return parser
+
+    def __init__(self, backbone, loss, args, transform, dataset=None):
+        backbone.requires_grad_(False)
+        super().__init__(backbone, loss, args, transform, dataset)
+        grid, pairs = args.alpha_grid, args.disentanglement
+        if grid[2] <= 0 or grid[1] < grid[0]:
+            raise UserError(f"--alpha_grid {grid}: give first, last and step, as in 0 1.5 0.1")
+        if len(pairs) % 2 or any(t >= self.n_tasks for t in pairs):
+            raise UserError(f"--disentanglement {pairs}: give pairs of tasks between 0 and {self.n_tasks - 1}")
+        if args.localisation and args.regime != "linear":
+            raise UserError(f"--localisation needs --regime linear: |J tau|^2 says nothing of --regime {args.regime}")
+        modules, kept = dict(backbone.named_modules()), {g for g in GROUPS if getattr(args, f"ft_{g}")}
+        kept &= {"attention"} if args.regime == "attention" else set(GROUPS)
+        names = [
+            n
+            for n, _ in backbone.named_parameters()
+            if not n.startswith("classifier.") and group_of(n, modules[n.rpartition(".")[0]]) in kept
+        ]
+        if not names:
+            raise UserError(f"nothing of --backbone {args.backbone} would be trained: turn on some of --ft_...")
+        self._own_lin = Linearized(backbone, names, self.function)
+        self.tau = nn.ParameterList([nn.Parameter(t) for t in self._own_lin.zeros().values()])
+        self.taus: list[dict[str, Tensor]] = []  # tau_t of the tasks learnt
+        self.rows: Tensor | None = None  # W (N_CLASSES, d)
+        self.held_out: dict[int, Tensor] = {}  # task -> what count_right says of the merged vector and tau_t
+        self.negated: dict[int, Tensor] = {}  # the same at theta_0 - alpha tau_t, with --control_dataset
+
+    # ---------------------------------------------------------------- the function
+
+    def function(self, x: Tensor) -> Tensor:
+        """f(x) (B, d): features of the network, of length one (``--lin_inner_norm``)."""
+        f = self.net(x, returnt="features")
+        return F.normalize(f, dim=1) if self.args.lin_inner_norm else f
+
+    @property
+    def scale(self) -> float:
+        own = getattr(self.net, "logit_scale", None)
+        return self.args.logit_scale or (20.0 if own is None else float(own.exp()))
+
+    def head_logits(self, f: Tensor, start: int = 0, end: int | None = None) -> Tensor:
+        """scale * f W^T (B, classes ``start`` to ``end``), f brought to length one (``--lin_outer_norm``)."""
+        f = F.normalize(f, dim=1) if self.args.lin_outer_norm else f
+        return self.scale * f @ self.rows[start:end].to(f).T
+
+    def along(self, x: Tensor, vectors: list[dict[str, Tensor]]):
+        """A function (c_1, ...) -> f(x) (B, d) at theta_0 + sum_i c_i v_i; in the tangent without further passes."""
+        lin = self._own_lin
+        if self.args.regime == "linear":
+            f0, products = lin.output(x), lin.tangents(x, vectors)
+            return lambda *c: sum((ci * p for ci, p in zip(c, products)), f0)
+
+        @torch.no_grad()
+        def at(*c):
+            tau, start = combined(vectors, c), lin.start()
+            self.net.eval()
+            return lin.at({n: start[n] + t for n, t in tau.items()}, x)
+
+        return at
+
+    def vector(self) -> dict[str, Tensor]:
+        """alpha merge(tau_1 ...) of the tasks learnt so far."""
+        if not self.taus:
+            return self._own_lin.zeros()
+        return {n: self.args.alpha * t for n, t in self.merged_vector().items()}
+
+    def merged_vector(self) -> dict[str, Tensor]:
+        """merge(tau_1 ...), kept until another task is learnt."""
+        cached = getattr(self, "_own_merged", None)
+        if cached is None or cached[0] != len(self.taus):
+            self._own_merged = (len(self.taus), merge(self.taus, self.args.merging, self.args.seed))
+        return self._own_merged[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, N_CLASSES); classes of tasks to come have none yet, 0."""
+        if self.rows is None:
+            return self.net(x)
+        return self.head_logits(self.along(x, [self.vector()])(1.0))
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        tau = getattr(self, "tau", None)
+        return {} if tau is None else {f"tau.{n}": p for n, p in zip(self._own_lin.places, tau)}
+
+    def current_tau(self) -> dict[str, Tensor]:
+        """{parameter of the network: tau}, those that are trained."""
+        return dict(zip(self._own_lin.places, self.tau))
+
+    # ---------------------------------------------------------------- server
+
+    def enter_task(self, task: int) -> None:
+        """Tasks do not build on each other, so a worker can be brought to any of them."""
+        if getattr(self, "_entered", -1) != task:
+            self._current_task = task
+            self.meta_begin_task(self.dataset)
+            self._entered = task
+            self.own(self.trainable().values())
+
+    def begin_rounds(self, clients) -> None:
+        for p in self.tau:
+            p.data = torch.zeros_like(p)
+        if self.rows is None:
+            self.rows = torch.zeros(self.dataset.N_CLASSES, self.net.feature_dim, device=self.device)
+        said = self.net.class_embeddings(self.dataset) if hasattr(self.net, "class_embeddings") else None
+        if said is not None:
+            self.rows = said.to(self.device)
+        else:
+            sums = clients.sum("class_sums", Message({}))["sums"]
+            self.rows[self.n_past_classes : self.n_seen_classes] = F.normalize(sums.to(self.device), dim=1)
+
+    def broadcast(self) -> Message:
+        rows = {"rows": self.rows}
+        return Message({**super().broadcast(), **rows}, keep={"rows": self.current_task})
+
+    def end_rounds(self, clients) -> None:
+        self.taus.append({n: p.detach().clone() for n, p in self.current_tau().items()})
+        if len(self.taus) == self.n_tasks and self.args.alpha_share:
+            merged = self.merged_vector()
+            for t in range(self.n_tasks):
+                self.held_out[t] = self.count_right(clients.of_task(t), [merged, self.taus[t]])
+                if self.args.control_dataset:
+                    self.negated[t] = self.count_right(clients.of_task(t), [self.taus[t]], -1.0)
+
+    def coefficients(self) -> list[float]:
+        """Those of ``--alpha_grid``."""
+        first, last, step = self.args.alpha_grid
+        return [first + i * step for i in range(int((last - first) / step + 1e-6) + 1)]
+
+    def count_right(self, clients, vectors: list[dict[str, Tensor]], sign: float = 1.0) -> Tensor:
+        """Held-out images of clients that are right: (coefficients + 2,), at each coefficient of the first vector, with
+        the second vector alone (0 if there is none), and how many there are."""
+        tensors = {f"{i}.{n}": t for i, v in enumerate(vectors) for n, t in v.items()}
+        message = Message({**tensors, "rows": self.rows}, vectors=len(vectors), sign=sign)
+        return clients.sum("held_out_right", message)["right"]
+
+    # ---------------------------------------------------------------- client
+
+    def kept(self, client) -> tuple[Tensor, Tensor]:
+        """The client's samples to train on, and those held out: the same in every call."""
+        rng = seeded(self.args.seed, "alpha", client.task, client.id)
+        labels = self.dataset.labels_of(client.indices).numpy()
+        train, held = stratified_split(labels, self.args.alpha_share, rng) if self.args.alpha_share else (None, [])
+        return (client.indices if train is None else client.indices[train]), client.indices[held]
+
+    def class_sums(self, message: Message, client) -> Message:
+        """Sum of f(x) over (some of) the client's images of each class of the task (C_t, d), under theta_0."""
+        sums = torch.zeros(self.n_classes_current_task, self.net.feature_dim, device=self.device)
+        if self.args.head_shots:
+            labels = self.dataset.labels_of(client.indices)
+            of_class = [(labels == c).nonzero()[:, 0] for c in labels.unique()]
+            some = [i[torch.randperm(len(i), generator=client.generator)[: self.args.head_shots]] for i in of_class]
+            client.indices = client.indices[torch.cat(some).sort().values]
+        for x, y in client.stat_loader():
+            sums.index_add_(0, y - self.n_past_classes, F.normalize(self._own_lin.output(x).to(sums), dim=1))
+        return Message({"sums": sums})
+
+    def held_out_right(self, message: Message, client) -> Message:
+        """See :meth:`count_right`."""
+        self.rows = message["rows"].to(self.device)
+        vectors = [
+            {n: t.to(self.device) for n, t in message.tensors(f"{i}.").items()} for i in range(message["vectors"])
+        ]
+        client.indices = self.kept(client)[1]
+        batches = client.stat_loader() if len(client.indices) else ()
+        grid = [message["sign"] * a for a in self.coefficients()]
+        found, alone, n = right(self, batches, self.get_offsets(client.task), vectors, grid)
+        return Message({"right": torch.cat((found, alone[None], n[None]))})
+
+    def local_update(self, message: Message, client) -> Message:
+        client.indices = self.kept(client)[0]
+        return super().local_update(message, client)
+
+    def before_local(self, message, client) -> None:
+        self.rows = message["rows"].to(self.device)
+        batches = -(-client.n_samples // self.args.batch_size)
+        if self.args.debug_mode:
+            batches = min(batches, self.get_debug_iters())
+        self._own_batches = self.args.n_epochs * batches
+        self._own_seen = 0
+
+    def get_scheduler(self, opt):
+        return None  # the rate changes with every step (rate)
+
+    def rate(self, step: int, steps: int) -> float:
+        """lr (s + 1) / warmup, then lr (1 + cos(pi (s - warmup) / (steps - warmup))) / 2, for step s of ``steps``."""
+        warmup = self.args.warmup
+        if step < warmup:
+            return self.args.lr * (step + 1) / warmup
+        return self.args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
+
+    def observe(self, inputs, labels, not_aug_inputs, epoch=None):
+        loss, grads = self.loss_and_gradients(inputs, labels)
+        v, tau = self.args.virtual_bs_n, self.current_tau()
+        for n, p in tau.items():
+            p.grad = grads[n] / v if p.grad is None else p.grad.add_(grads[n], alpha=1 / v)
+        self._own_seen += 1
+        if self._own_seen % v == 0 or self._own_seen == self._own_batches:
+            loss = loss + self.add_penalty(tau)
+            for group in self.opt.param_groups:
+                group["lr"] = self.rate((self._own_seen - 1) // v, -(-self._own_batches // v))
+            self.descend(self._own_trained, self.client, self.opt, self._own_scaler)
+            self.opt.zero_grad()
+        return loss
+
+    def task_loss(self, f: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy over the classes of the current task (B, d) -> scalar, in float32."""
+        logits = self.head_logits(
+            f.float() if f.dtype != torch.float64 else f, self.n_past_classes, self.n_seen_classes
+        )
+        return F.cross_entropy(logits, labels - self.n_past_classes)
+
+    def loss_and_gradients(self, inputs, labels) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a batch and its gradient in tau."""
+        lin, tau = self._own_lin, {n: p.detach() for n, p in self.current_tau().items()}
+        if self.args.regime == "linear":
+            return lin.step(inputs, tau, lambda f0, product: self.task_loss(f0 + product, labels))
+        start = lin.start()
+        theta = {n: (start[n] + t).requires_grad_() for n, t in tau.items()}
+        self.net.eval()  # as theta_0 was: batch norms keep their statistics
+        loss = self.task_loss(lin.at(theta, inputs), labels)
+        return loss.detach(), dict(zip(theta, torch.autograd.grad(loss, list(theta.values()))))
+
+    def add_penalty(self, tau: dict[str, Tensor]) -> float | Tensor:
+        """What a method adds to the loss of a step, once per step; its gradient goes to ``tau[name].grad``."""
+        return 0.0
+
+    # ---------------------------------------------------------------- in the end
+
+    def final_metrics(self, dataset, folder) -> dict[str, float]:
+        """Columns of summary.csv once all tasks are learnt, and files (models/utils/task_vectors.py)."""
+        return final_metrics(self, dataset, folder) if len(self.taus) == self.n_tasks else {}
