@@ -28,7 +28,15 @@ from datasets.utils import seeded, stratified_split
 from federated.message import Message
 from models.utils.federated_model import FederatedModel
 from models.utils.linearize import Linearized
-from models.utils.task_vectors import MERGERS, combined, final_metrics, merge, right
+from models.utils.task_vectors import (
+    MERGERS,
+    combined,
+    final_metrics,
+    merge,
+    read_task_vectors,
+    right,
+    write_task_vectors,
+)
 from utils.args import flag01, number
 from utils.errors import UserError
 
@@ -103,6 +111,21 @@ class TaskArithmetic(FederatedModel):
             metavar="TASK",
             help="pairs of tasks whose disentanglement error is drawn in the end",
         )
+        add(
+            "--save_task_vectors",
+            type=flag01,
+            default=0,
+            nargs="?",
+            const=1,
+            help="1: write them into the run's folder",
+        )
+        add(
+            "--merge_from",
+            nargs="+",
+            default=None,
+            metavar="PATH",
+            help="train nothing: take the task_vectors.safetensors of a run, or a LoRA folder (PEFT) for each task",
+        )
         add("--control_dataset", default=None, help="negation in the end: forget each task, keep this data set")
         return parser
 
@@ -130,6 +153,7 @@ class TaskArithmetic(FederatedModel):
         self.taus: list[dict[str, Tensor]] = []  # tau_t of the tasks learnt
         self.rows: Tensor | None = None  # W (N_CLASSES, d)
         self.held_out: dict[int, Tensor] = {}  # task -> what count_right says of the merged vector and tau_t
+        self._own_given = read_task_vectors(args.merge_from, self) if args.merge_from else None
         self.negated: dict[int, Tensor] = {}  # the same at theta_0 - alpha tau_t, with --control_dataset
 
     # ---------------------------------------------------------------- the function
@@ -213,18 +237,30 @@ class TaskArithmetic(FederatedModel):
             sums = clients.sum("class_sums", Message({}))["sums"]
             self.rows[self.n_past_classes : self.n_seen_classes] = F.normalize(sums.to(self.device), dim=1)
 
+    def round(self, clients, r: int) -> None:
+        if self._own_given is None:
+            return super().round(clients, r)
+        for n, p in self.current_tau().items():
+            p.data = self._own_given[self.current_task][n].to(p)
+
     def broadcast(self) -> Message:
         rows = {"rows": self.rows}
         return Message({**super().broadcast(), **rows}, keep={"rows": self.current_task})
 
     def end_rounds(self, clients) -> None:
         self.taus.append({n: p.detach().clone() for n, p in self.current_tau().items()})
-        if len(self.taus) == self.n_tasks and self.args.alpha_share:
+        if len(self.taus) < self.n_tasks:
+            return
+        self.prepare_merge(clients)
+        if self.args.alpha_share:
             merged = self.merged_vector()
             for t in range(self.n_tasks):
                 self.held_out[t] = self.count_right(clients.of_task(t), [merged, self.taus[t]])
                 if self.args.control_dataset:
                     self.negated[t] = self.count_right(clients.of_task(t), [self.taus[t]], -1.0)
+
+    def prepare_merge(self, clients) -> None:
+        """Once all tasks are learnt, before anything is measured: what a merger wants to know of the clients' data."""
 
     def coefficients(self) -> list[float]:
         """Those of ``--alpha_grid``."""
@@ -333,4 +369,8 @@ class TaskArithmetic(FederatedModel):
 
     def final_metrics(self, dataset, folder) -> dict[str, float]:
         """Columns of summary.csv once all tasks are learnt, and files (models/utils/task_vectors.py)."""
-        return final_metrics(self, dataset, folder) if len(self.taus) == self.n_tasks else {}
+        if len(self.taus) < self.n_tasks:
+            return {}
+        if self.args.save_task_vectors:
+            write_task_vectors(folder / "task_vectors.safetensors", self.taus)
+        return final_metrics(self, dataset, folder)

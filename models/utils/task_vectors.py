@@ -10,10 +10,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from backbones.utils import peft_files
 from models.utils.merging import dare, iso_c, iso_cts, ties_merge, tsv_m, wudi
 from utils.conf import make_generator
+from utils.errors import UserError
 from utils.evaluate import evaluation_batches
 from utils.loggers import write_csv
 
@@ -81,6 +85,52 @@ def merge(taus: Sequence[Vector], how: str, seed: int | None) -> dict[str, Tenso
     return MERGERS[how](taus, make_generator(seed, "merge", len(taus)))
 
 
+# ---------------------------------------------------------------- on disk
+
+
+def write_task_vectors(file: Path, taus: Sequence[Vector]) -> None:
+    """All task vectors in one file: tensors '<task>.<parameter>'."""
+    save_file({f"{t}.{n}": v.cpu().contiguous() for t, tau in enumerate(taus) for n, v in tau.items()}, file)
+
+
+def read_task_vectors(paths: Sequence[str], method) -> list[dict[str, Tensor]]:
+    """One task vector for each task of a method: of a file of :func:`write_task_vectors`, or of LoRA folders in order.
+
+    Parameters that a LoRA folder says nothing of are zero.
+
+    Raises:
+        UserError: nothing readable there, too few or too many tasks, or parameters that this method does not train.
+    """
+    like, n = method._own_lin.zeros(), method.n_tasks
+    files = [Path(p) for p in paths]
+    try:
+        if len(files) == 1 and files[0].is_file():
+            stored = load_file(files[0])
+            taus: list[dict[str, Tensor]] = [{} for _ in range(1 + max(int(k.split(".")[0]) for k in stored))]
+            for k, t in stored.items():
+                task, _, name = k.partition(".")
+                taus[int(task)][name] = t
+        else:
+            taus = [
+                {f"{layer}.weight": scale * B @ A for layer, (A, B, scale) in peft_files.read(f).items()} for f in files
+            ]
+    except (OSError, ValueError, KeyError, SafetensorError) as e:
+        raise UserError(
+            f"--merge_from {' '.join(paths)}: no task vectors ({' '.join(str(e).split())[:150]}); give the "
+            "task_vectors.safetensors of a run with --save_task_vectors, or one PEFT folder for each task"
+        ) from e
+    if len(taus) != n:
+        raise UserError(f"--merge_from gives {len(taus)} task vectors, {method.args.dataset} has {n} tasks")
+    for tau in taus:
+        odd = [k for k, t in tau.items() if k not in like or t.shape != like[k].shape]
+        if odd:
+            raise UserError(
+                f"--merge_from: {odd[0]} {tuple(tau[odd[0]].shape)} is no parameter that this run would train; use the "
+                "--backbone, --regime and --ft_... with which the vectors were made"
+            )
+    return [{k: tau[k].to(z) if k in tau else z for k, z in like.items()} for tau in taus]
+
+
 # ---------------------------------------------------------------- accuracies
 
 
@@ -119,10 +169,10 @@ def final_metrics(method, dataset, folder: Path) -> dict[str, float]:
     for t in tasks:
         batches = evaluation_batches(dataset, t, method.device)
         hits, single, n = right(method, batches, dataset.get_offsets(t), [merged, method.taus[t]], grid)
-        found.append(100 * hits.cpu() / n.cpu())
-        alone.append(float(100 * single / n))
+        found.append(100 * hits.cpu().double() / float(n))
+        alone.append(100 * float(single) / float(n))
     accuracy = torch.stack(found, 1)  # (grid, tasks)
-    share = 100 * accuracy / torch.tensor(alone).clamp(min=1e-9)
+    share = 100 * accuracy / torch.tensor(alone, dtype=torch.float64).clamp(min=1e-9)
     rows = [
         {"alpha": a, "absolute_acc": float(acc.mean()), "normalized_acc": float(s.mean())}
         | {f"task_{t + 1}": float(acc[t]) for t in tasks}

@@ -9,6 +9,8 @@ import torch
 from models.utils.merging import (
     dare,
     fisher_mean,
+    iso_c,
+    iso_cts,
     low_rank_sum,
     merge_layers,
     reduced_gram,
@@ -18,7 +20,9 @@ from models.utils.merging import (
     task_arithmetic,
     ties_merge,
     trim,
+    tsv_m,
     weighted_mean,
+    wudi,
 )
 
 OUT, D, N = 5, 12, 4
@@ -321,3 +325,74 @@ def test_dare_is_unbiased():
     assert ((draws.mean(0) - tau) / tau).abs().max() < 0.06  # a deviation of 1.5 % for each entry
     kept = draws[draws != 0].view(-1)
     assert (kept[:, None] - tau / 0.3).abs().min(1).values.max() < 1e-12
+
+
+# ---- spectra
+
+
+def orthonormal(n, k, seed):
+    return torch.linalg.qr(rand(n, n, seed=seed))[0][:, :k]
+
+
+def test_iso_c_makes_the_spectrum_of_the_sum_flat():
+    taus = [rand(8, 12, seed=i) for i in range(3)]
+    M, total = iso_c(taus), sum(taus)
+    S = torch.linalg.svdvals(M)
+    assert S.std() < 1e-10 and S[0] == pytest.approx(float(torch.linalg.svdvals(total).mean()))
+    U, _, Vh = torch.linalg.svd(total, full_matrices=False)
+    close(U.T @ M @ Vh.T, S[0] * torch.eye(8, dtype=torch.float64))  # the directions are those of the sum
+    flat = 3 * orthonormal(8, 8, 1) @ orthonormal(12, 8, 2).T
+    close(iso_c([flat]), flat)
+
+
+def test_iso_cts_joins_common_and_own_directions():
+    """10 directions of which 8 are common leave one each for 2 tasks, outside the common ones as far as they can be."""
+    taus = [rand(10, 15, seed=i) * torch.logspace(0, -2, 15) for i in range(2)]
+    M = iso_cts(taus)
+    S = torch.linalg.svdvals(M)
+    assert len(S) == 10 and S.std() < 1e-10
+    U, spectrum, Vh = torch.linalg.svd(sum(taus), full_matrices=False)
+    own = [torch.linalg.svd(t - U[:, :8] @ U[:, :8].T @ t, full_matrices=False) for t in taus]
+    want = torch.cat([own[0][1][:1], own[1][1][:1], spectrum[:8]]).mean()
+    assert S[0] == pytest.approx(float(want))
+    left = torch.cat([own[0][0][:, :1], own[1][0][:, :1], U[:, :8]], 1)
+    right = torch.cat([own[0][2][:1], own[1][2][:1], Vh[:8]])
+
+    def nearest(A):  # orthonormal columns nearest to A: A (A^T A)^-1/2
+        values, vectors = torch.linalg.eigh(A.T @ A)
+        return A @ (vectors * values**-0.5) @ vectors.T
+
+    close(M, S[0] * nearest(left) @ nearest(right.T).T, rtol=1e-6)
+    close(iso_cts(taus, common=1.0), iso_c(taus))
+
+
+def test_tsv_m():
+    tau = rand(6, 9, seed=3)
+    close(tsv_m([tau]), tau)
+    left, right = orthonormal(8, 8, 4), orthonormal(12, 8, 5)
+    apart = [(left[:, i : i + 4] * torch.tensor([4.0, 3, 2, 1])) @ right[:, i : i + 4].T for i in (0, 4)]
+    close(tsv_m(apart), sum(apart))  # what is orthogonal is added up
+    ranks = [torch.linalg.matrix_rank(tsv_m([rand(7, 9, seed=i) for i in range(n)])) for n in (2, 3)]
+    assert [int(r) for r in ranks] == [6, 6]  # 7 // 2 of each of 2, 7 // 3 of each of 3
+
+
+def test_wudi():
+    taus = [rand(6, 4, seed=i) for i in range(3)]
+
+    def loss(M):
+        return sum(((M - t) @ t.T).square().sum() / t.square().sum() for t in taus)
+
+    start = sum(taus)
+    M = wudi(taus, steps=0).requires_grad_()
+    loss(M).backward()
+    assert M.grad.abs().max() < 1e-8 * loss(start)
+    moved = wudi(taus, steps=400, lr=1e-3)
+    leaf = start.clone().requires_grad_()  # autograd's Adam walks the same way
+    opt = torch.optim.Adam([leaf], lr=1e-3)
+    for _ in range(400):
+        opt.zero_grad()
+        loss(leaf).backward()
+        opt.step()
+    close(moved, leaf.detach())
+    assert loss(M.detach()) <= loss(moved) < loss(start)
+    close(wudi([rand(9, 4, seed=2)], steps=0), rand(9, 4, seed=2))
