@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from datasets import get_dataset_class
 from datasets.utils import seeded, stratified_split
 from federated.message import Message
 from models.utils.federated_model import FederatedModel
@@ -139,6 +140,10 @@ class TaskArithmetic(FederatedModel):
             raise UserError(f"--disentanglement {pairs}: give pairs of tasks between 0 and {self.n_tasks - 1}")
         if args.localisation and args.regime != "linear":
             raise UserError(f"--localisation needs --regime linear: |J tau|^2 says nothing of --regime {args.regime}")
+        if args.control_dataset:
+            get_dataset_class(args.control_dataset)  # a wrong name is told now, not when all is trained
+            if not args.alpha_share:
+                raise UserError("--control_dataset chooses coefficients by images held out: give --alpha_share above 0")
         modules, kept = dict(backbone.named_modules()), {g for g in GROUPS if getattr(args, f"ft_{g}")}
         kept &= {"attention"} if args.regime == "attention" else set(GROUPS)
         names = [
@@ -249,7 +254,7 @@ class TaskArithmetic(FederatedModel):
 
     def end_rounds(self, clients) -> None:
         self.taus.append({n: p.detach().clone() for n, p in self.current_tau().items()})
-        if len(self.taus) < self.n_tasks:
+        if len(self.taus) < self.n_tasks or self.args.joint:
             return
         self.prepare_merge(clients)
         if self.args.alpha_share:
@@ -369,7 +374,7 @@ class TaskArithmetic(FederatedModel):
 
     def final_metrics(self, dataset, folder) -> dict[str, float]:
         """Columns of summary.csv once all tasks are learnt, and files (models/utils/task_vectors.py)."""
-        if len(self.taus) < self.n_tasks:
+        if len(self.taus) < self.n_tasks or self.args.joint:
             return {}
         if self.args.save_task_vectors:
             write_task_vectors(folder / "task_vectors.safetensors", self.taus)

@@ -18,9 +18,11 @@ if TYPE_CHECKING:  # imported where used
     from pandas import DataFrame
 
 LOWER_IS_BETTER = re.compile(
-    r"forgetting|.*_mb$|.*_seconds$|.*memory|trainable_params$|(\w+_)?incremental_bias|(\w+_)?prediction_kl|federated_bias$|energy_mj|macs$|sops$|firing_rate|logit_drift"
+    r"forgetting|.*_mb$|.*_seconds$|.*memory|trainable_params$|(\w+_)?incremental_bias|(\w+_)?prediction_kl|federated_bias$|energy_mj|macs$|sops$|firing_rate|logit_drift|negation_target|disentanglement"
 )
-HIGHER_IS_BETTER = re.compile(r"faa|avg_inc_acc|bwt|fwt|(ncm|probe)_accuracy")
+HIGHER_IS_BETTER = re.compile(
+    r"faa|avg_inc_acc|bwt|fwt|(ncm|probe)_accuracy|\w+_acc(_best)?$|localisation_auroc|negation_control|control_zero"
+)
 ANSI = re.compile(r"\033\[\dm")
 # Okabe and Ito's palette, which colour-blind readers can tell apart; line styles and markers tell its repeats apart.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]

@@ -339,6 +339,8 @@ def test_groups():
 
 def test_mistakes(make, tmp_path):
     for flags, said in (
+        ("--model task_arithmetic --control_dataset seq-digit", "seq-digits"),
+        ("--model task_arithmetic --control_dataset seq-digits --alpha_share 0", "give --alpha_share above 0"),
         ("--model tak --ft_conv 1", "no curvature for patch_embed"),
         ("--model task_arithmetic --alpha_grid 1 0 0.1", "give first, last and step"),
         ("--model task_arithmetic --disentanglement 0 9", "pairs of tasks between 0 and 4"),
@@ -350,12 +352,12 @@ def test_mistakes(make, tmp_path):
     ):
         with pytest.raises(UserError, match=said):
             make(flags)
-    file = make("--model tak").model.file(1)[0]
-    file.parent.mkdir(parents=True)
+    shared = f"--model tak --fisher_cache {tmp_path}"
+    file = make(shared).model.file(1)[0]
     file.write_bytes(b"nothing")
-    r = make("--model tak").begin(0)
+    r = make(f"{shared} --tak_refs past").begin(0)
     with pytest.raises(UserError, match="cannot be read as curvature"):
-        r.model.terms(r.clients(0))
+        r.model.factors(r.clients(0), 1)
 
 
 def test_federated_run(make, nano, tmp_path):
