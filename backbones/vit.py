@@ -9,13 +9,10 @@ pickle (worker processes) work; timm's ``__init__`` is not repeated, because its
 from __future__ import annotations
 
 import argparse
-import socket
 import zipfile
 from pathlib import Path
 from typing import Any
 from unittest import mock
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import huggingface_hub
 import timm
@@ -24,6 +21,7 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
 from backbones.utils.base import Backbone, fit_channels, fit_size
+from backbones.utils.hub import offline
 from utils.errors import UserError, nearest
 
 NAME = "vit"
@@ -144,17 +142,6 @@ def add_args(parser: argparse.ArgumentParser) -> None:
     add_weights_args(parser)
 
 
-def _offline() -> bool:
-    """Whether the hub's name does not resolve (and no proxy would resolve it for us)."""
-    if getproxies():
-        return False
-    try:
-        socket.getaddrinfo(urlsplit(huggingface_hub.constants.ENDPOINT).hostname, 443)
-    except OSError:
-        return True
-    return False
-
-
 def _create(name: str, pretrained: bool) -> VisionTransformer:
     """timm's model without head. UserError for an unknown name, or when its weights cannot be downloaded."""
     if not any(timm.models.is_model_in_modules(name, [module]) for module in _MODULES):
@@ -172,8 +159,7 @@ def _create(name: str, pretrained: bool) -> VisionTransformer:
     if not cfg.has_weights:
         raise UserError(f"--vit_name: timm has no pretrained weights for {name!r}: use --pretrained 0")
     try:
-        # Without a network the hub client would retry for most of a minute before it looks into its cache.
-        with mock.patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", _HUB_OFFLINE or _offline()):
+        with mock.patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", _HUB_OFFLINE or offline()):
             return timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as err:  # network, hub and disk errors come in many classes
         raise UserError(

@@ -234,7 +234,7 @@ def test_no_download(monkeypatch):
         raise OSError("Name or service not known")
 
     monkeypatch.setattr(timm, "create_model", offline)
-    monkeypatch.setattr(vit_module, "_offline", lambda: True)
+    monkeypatch.setattr(vit_module, "offline", lambda: True)
     with pytest.raises(UserError) as err:
         build("vit", COLOUR, vit_name="vit_base_patch16_224.augreg_in21k", pretrained=1)
     for part in ("timm/vit_base_patch16_224.augreg_in21k", "model.safetensors", "--backbone_weights", "--pretrained 0"):
