@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from utils.errors import UserError
+from utils.files import replacing
 
 
 def cached_arrays(file: Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -17,7 +17,7 @@ def cached_arrays(file: Path, make: Callable[[], dict[str, np.ndarray]]) -> dict
     The file appears whole or not at all. Its name must say everything that its content depends on.
 
     Raises:
-        UserError: the file cannot be read, or there is no room to write it.
+        UserError: the file cannot be read. RunError: it cannot be written.
     """
     if file.exists():
         try:
@@ -25,13 +25,8 @@ def cached_arrays(file: Path, make: Callable[[], dict[str, np.ndarray]]) -> dict
                 return {name: stored[name] for name in stored.files}
         except Exception as e:  # cut short, overwritten, another format
             raise UserError(f"{file} is damaged ({e}): delete it, it will be made again") from e
-    arrays, part = make(), file.with_name(f"{file.name}.{os.getpid()}.part")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as out:
-            np.savez(out, **arrays)
-        part.replace(file)
-    except OSError as e:
-        part.unlink(missing_ok=True)
-        raise UserError(f"{file} cannot be written ({e.strerror or e}): free some room, or set --base_path") from e
+    arrays = make()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(file) as temporary, open(temporary, "wb") as out:
+        np.savez(out, **arrays)
     return arrays

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -44,6 +43,7 @@ from models.utils.linearize import differentiable_forward, frozen_mode, places_o
 from models.utils.merging import wide
 from utils.checkpoints import digest
 from utils.errors import UserError
+from utils.files import replacing
 
 MODES = ("official", "expand", "reduce")
 JOINT = ("q_proj", "k_proj", "v_proj")  # siblings that see the same input
@@ -557,14 +557,9 @@ def fingerprint(net: nn.Module, **settings) -> dict[str, str]:
 def save(file: Path, factors: Curvature | Diagonal, belongs: Mapping[str, str]) -> None:
     """Write factors (safetensors, float32), whole or not at all. ``belongs``: their :func:`fingerprint`."""
     tensors = {n: t.cpu().contiguous() for n, t in packed(factors).items()}
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, part, {"n": str(factors.n), "belongs": json.dumps(dict(belongs))})
-        part.replace(file)
-    except OSError as e:
-        part.unlink(missing_ok=True)
-        raise UserError(f"{file} cannot be written ({e.strerror or e}): free some room or choose another folder") from e
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(file, "curvature ") as temporary:
+        save_file(tensors, temporary, {"n": str(factors.n), "belongs": json.dumps(dict(belongs))})
 
 
 def load(file: Path, like: Curvature | Diagonal, belongs: Mapping[str, str]) -> Curvature | Diagonal:

@@ -19,6 +19,7 @@ from models.utils.merging import dare, iso_c, iso_cts, ties_merge, tsv_m, wudi
 from utils.conf import make_generator
 from utils.errors import UserError
 from utils.evaluate import evaluation_batches
+from utils.files import replacing
 from utils.loggers import write_csv
 
 Vector = Mapping[str, Tensor]
@@ -90,7 +91,8 @@ def merge(taus: Sequence[Vector], how: str, seed: int | None) -> dict[str, Tenso
 
 def write_task_vectors(file: Path, taus: Sequence[Vector]) -> None:
     """All task vectors in one file: tensors '<task>.<parameter>'."""
-    save_file({f"{t}.{n}": v.cpu().contiguous() for t, tau in enumerate(taus) for n, v in tau.items()}, file)
+    with replacing(file) as temporary:
+        save_file({f"{t}.{n}": v.cpu().contiguous() for t, tau in enumerate(taus) for n, v in tau.items()}, temporary)
 
 
 def read_task_vectors(paths: Sequence[str], method) -> list[dict[str, Tensor]]:
