@@ -381,7 +381,7 @@ def test_files(vit, tmp_path):
     like = Curvature.zeros(task.layout, vit.net)
     with pytest.raises(UserError, match="computed with draws = 1, this run has 2"):
         load(file, like, fingerprint(vit.net, task=0, draws=2))
-    vit.net.classifier.weight.data += 1e-3
+    vit.net.norm.weight.data += 1e-3
     with pytest.raises(UserError, match="computed with weights = "):
         load(file, like, fingerprint(vit.net, task=0, draws=1))
     file.write_bytes(file.read_bytes()[:100])
