@@ -321,8 +321,13 @@ class TaskArithmetic(FederatedModel):
         batches = -(-client.n_samples // self.args.batch_size)
         if self.args.debug_mode:
             batches = min(batches, self.get_debug_iters())
-        self._own_batches = self.args.n_epochs * batches
+        self._own_batches = self.local_epochs() * batches
         self._own_seen = 0
+
+    def local_epochs(self) -> int:
+        """``--n_epochs``; if it is not given, the task's own, where the data set says so."""
+        own = getattr(self.dataset, "get_task_epochs", None)
+        return self.args.n_epochs if own is None or "n_epochs" in self.args.given else own(self.current_task)
 
     def get_scheduler(self, opt):
         return None  # the rate changes with every step (rate)

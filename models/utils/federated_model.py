@@ -162,7 +162,7 @@ class FederatedModel(ContinualModel):
         self.before_local(message, client)
         loader = client.train_loader()
         total, steps = 0.0, 0
-        for epoch in range(self.args.n_epochs if self.opt is not None else 0):
+        for epoch in range(self.local_epochs() if self.opt is not None else 0):
             for i, (inputs, labels, not_aug_inputs) in enumerate(loader):
                 if self.args.debug_mode and i >= self.get_debug_iters():
                     break
@@ -171,6 +171,10 @@ class FederatedModel(ContinualModel):
             if self.scheduler is not None:
                 self.scheduler.step()
         return self.reply_of(client, float(total) / max(steps, 1))
+
+    def local_epochs(self) -> int:
+        """How often a client goes through its data in a round."""
+        return self.args.n_epochs
 
     def start_training(self) -> None:
         """A fresh optimiser, schedule and loss scaling for one client's turn; the network in training mode."""
