@@ -15,7 +15,7 @@ run: $(VENV)/.run
 	@echo "runs (CSV, log, checkpoint): results/seq-digits/<model>/<run>/   plot: results/seq-digits.png"
 
 test: $(VENV)/.test
-	$(PY) -m pytest -n $(WORKERS) -q
+	$(PY) -m pytest -n $(WORKERS) --dist worksteal -q
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .

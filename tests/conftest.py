@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import models
-from backbones import vit_pocket
+from backbones import resnet19, vit_pocket
 from federated.engines.serial import SerialEngine
 from tests.rig import MLP, POCKET, Rig
 
@@ -64,7 +64,9 @@ def method(monkeypatch):
 
 @pytest.fixture
 def nano(monkeypatch):
-    """vit-pocket --pretrained 0 with 40,000 weights, for what is tested with every method, in this process."""
+    """Small networks for what is tested with every method, in this process: vit-pocket --pretrained 0 with 40,000
+    weights, resnet-pocket and its spiking twin a quarter as wide."""
+    monkeypatch.setitem(resnet19.STAGES, "pocket", ((4, 1), (8, 1), (16, 1)))
     small = partial(vit_pocket.VisionTransformer, img_size=28, patch_size=7, in_chans=1, num_classes=0)
 
     def make(**given):

@@ -107,7 +107,7 @@ def test_every_setting_resumes_exactly(mortal, tmp_path, model, fl, more):
 @pytest.mark.slow
 def test_running_statistics_resume_exactly(mortal, tmp_path):
     small = [*FEDERATED, "--num_clients=2", "--stop_after=1", "--batch_size=4", "--savecheck=round"]
-    die_and_go_on(mortal, ["--model=fedavg", *SMALL, "--backbone=resnet18", *small], tmp_path, kinds=["client"])
+    die_and_go_on(mortal, ["--model=fedavg", *SMALL, "--backbone=resnet-pocket", *small], tmp_path, kinds=["client"])
 
 
 class Hoarder(Er):

@@ -88,7 +88,7 @@ def test_a_step_is_the_gradient_of_the_objective(make, regime):
 
 
 def test_penalty_joins_the_gradient_once_per_step(make):
-    worker, x, y, plain = begun(make("--model tak --reg_lambda 3 --kfac_draws 0 --virtual_bs_n 2"))
+    worker, x, y, plain = begun(make("--model tak --reg_lambda 3 --kfac_examples 5 --virtual_bs_n 2"))
     tau = {n: p.detach() for n, p in worker.current_tau().items()}
     loss, grads = worker.loss_and_gradients(x, y)
     value, pulls = worker._own_penalty[1](tau)
@@ -104,7 +104,7 @@ def test_penalty_joins_the_gradient_once_per_step(make):
 
 def test_penalty_is_the_drift_of_the_other_tasks(make, tmp_path):
     """Exact factors of full blocks: with a tau in one alone, tau^T F tau is the mean of |J tau|^2."""
-    r = make("--model tak --kfac_draws 0 --fisher_norm_scaler 1 --alpha_share 0")
+    r = make("--model tak --kfac_draws 0 --fisher_norm_scaler 1 --alpha_share 0 --ft_attention 0 --ft_linears 0")
     worker, *_ = begun(r)
     name = "blocks.1.norm1.weight"
     tau = {n: torch.randn_like(p) if n == name else torch.zeros_like(p) for n, p in worker.current_tau().items()}
@@ -118,7 +118,7 @@ def test_penalty_is_the_drift_of_the_other_tasks(make, tmp_path):
 
 def test_references(make):
     """All other tasks, or those before; one by one with eq. 7; none for the first of a sequence."""
-    r = make("--model tak --kfac_draws 0")
+    r = make("--model tak --kfac_draws 0 --kfac_examples 5")
     begin(r, 1)
     ((share, got),) = r.model.terms(r.clients(1))
     each = [r.model.factors(r.clients(1), t) for t in (0, 2, 3, 4)]
@@ -128,7 +128,7 @@ def test_references(make):
     assert share == 1
     for n, t in want.mean().tensors().items():
         torch.testing.assert_close(got.tensors()[n], t, rtol=1e-3, atol=1e-5)
-    past = make("--model tak --kfac_draws 0 --tak_refs past")
+    past = make("--model tak --kfac_draws 0 --kfac_examples 5 --tak_refs past")
     begin(past, 0)
     assert past.model.terms(past.clients(0)) == []
     begin(past, 2)
@@ -137,7 +137,7 @@ def test_references(make):
     torch.testing.assert_close(
         mean.B[block], each[0].B[block] / each[0].n + sum_of(past, 1, block), rtol=1e-4, atol=1e-6
     )
-    ideal = make("--model tak --kfac_draws 0 --fisher_ideal 1")
+    ideal = make("--model tak --kfac_examples 5 --fisher_ideal 1")
     begin(ideal, 1)
     terms = ideal.model.terms(ideal.clients(1))
     assert len(terms) == 4 and sum(s for s, _ in terms) == pytest.approx(1)
@@ -151,8 +151,8 @@ def sum_of(r, task, block):
 @pytest.mark.parametrize("curvature", ["kfac", "diag"])
 def test_factors_of_clients_add_up_to_those_of_all(make, curvature, tmp_path):
     flags = f"--model tak --curvature {curvature} --kfac_draws 0 --alpha_share 0 --fisher_cache {tmp_path}"
-    one = make(flags).begin(0)
-    many = make(f"{flags} --fl --num_clients 3 --partition_mode iid").begin(0)
+    one = make(f"{flags} --tak_refs past").begin(0)  # nothing is asked for yet
+    many = make(f"{flags} --tak_refs past --fl --num_clients 3 --partition_mode iid").begin(0)
     a, b = (r.model.factors(r.clients(0), 2) for r in (one, many))
     assert a.n == b.n == len(one.dataset.task_indices(2))
     for n, t in a.tensors().items():
@@ -173,7 +173,7 @@ def test_factors_are_read_again_and_belong_to_their_settings(make, monkeypatch):
 
 def test_some_of_the_images(make):
     for examples, n in (("0.25", lambda k: round(0.25 * k)), ("7", lambda k: 7), ("1", lambda k: k)):
-        r = make(f"--model tak --kfac_examples {examples}").begin(0)
+        r = make(f"--model tak --tak_refs past --kfac_examples {examples}").begin(0)
         kept = len(r.worker.kept(r.engine.client(0, 1, -1, "x"))[0])
         assert r.model.factors(r.clients(0), 1).n == n(kept)
 
@@ -186,7 +186,7 @@ def test_rate_rises_then_falls(make):
 
 
 def test_classifier_is_the_mean_of_the_classes(make):
-    r = begin(make("--model task_arithmetic"), 1)
+    r = begin(make("--model task_arithmetic --head_shots 0"), 1)
     rows_, lo = r.model.rows, 2
     for c in (2, 3):
         i = (r.dataset.train_labels == c).nonzero()[:, 0]
@@ -261,7 +261,7 @@ def test_best_coefficient_is_by_normalised_accuracy_of_what_was_held_out(make):
 
 
 def test_disentanglement_localisation_negation(make):
-    flags = "--model tak --reg_lambda 1 --localisation --disentanglement 0 3 --control_dataset seq-scripts"
+    flags = "--model tak --reg_lambda 1 --localisation --disentanglement 0 3 --control_dataset seq-digits"
     r, summary = whole_run(make, f"{flags} --alpha_grid 0 1 0.5 --kfac_examples 20")
     model = r.model
     taus = [model.taus[0], model.taus[3]]
