@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from backbones.utils.base import Backbone, fit_channels, fit_size
-from backbones.utils.hub import offline
+from backbones.utils.hub import add_pretrained_arg, offline
 from utils.errors import UserError
 
 NAME = "clip"
@@ -53,10 +53,6 @@ class CLIP(Backbone):
         x = fit_size(fit_channels(x, 3), (self.image_size, self.image_size))
         return self.visual_projection(self.vision_model(pixel_values=x).pooler_output)
 
-    def class_embeddings(self, dataset: Any) -> torch.Tensor | None:
-        """The classifier made of text (N_CLASSES, d), rows of length one; None where classes have no names."""
-        return self.text_rows
-
 
 @torch.no_grad()
 def text_rows(model: nn.Module, tokenizer, prompts: list[list[str]]) -> torch.Tensor:
@@ -76,9 +72,7 @@ def add_args(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--clip_backbone", default="ViT-B/16", help="ViT-B/32, ViT-B/16, ViT-L/14, a folder, a name on the hub, or tiny"
     )
-    parser.add_argument(
-        "--pretrained", type=int, choices=(0, 1), default=1, help="1: pretrained weights; 0: random initialisation"
-    )
+    add_pretrained_arg(parser)
 
 
 def _config(name: str):

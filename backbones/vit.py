@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
 from backbones.utils.base import Backbone, fit_channels, fit_size
-from backbones.utils.hub import offline
+from backbones.utils.hub import add_pretrained_arg, offline
 from utils.errors import UserError, nearest
 
 NAME = "vit"
@@ -124,9 +124,7 @@ def load_weights(net: ViT, file: str | Path) -> None:
 
 def add_weights_args(parser: argparse.ArgumentParser) -> None:
     """The flags of every backbone that can start from pretrained weights."""
-    parser.add_argument(
-        "--pretrained", type=int, choices=(0, 1), default=1, help="1: pretrained weights; 0: random initialisation"
-    )
+    add_pretrained_arg(parser)
     parser.add_argument(
         "--backbone_weights",
         metavar="FILE",

@@ -21,14 +21,17 @@ import torchvision.datasets as tv
 import yaml
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import ConcatDataset, Subset
+from torchvision.transforms.v2 import functional as TF
 
 from datasets.utils import seeded, stratified_split
 from datasets.utils.cifar import CLIP
 from datasets.utils.continual_dataset import ContinualDataset
 from datasets.utils.shipped import DATA_DIR
 from datasets.utils.stacked import Stacked, mapped_images
+from datasets.utils.torchvision_arrays import torchvision_arrays
 from datasets.utils.transforms import BICUBIC, RandomResizedCrop
-from utils.errors import UserError
+from utils.errors import RunError, UserError
 
 TASKS = ("cars", "dtd", "eurosat", "gtsrb", "mnist", "resisc45", "sun397", "svhn")
 CLASSES = (196, 47, 10, 43, 10, 45, 397, 10)
@@ -46,19 +49,6 @@ HOW = {  # what to do where there is no download, or it fails
 }
 
 
-class Part(Sequence):
-    """Some samples of another sequence."""
-
-    def __init__(self, samples, indices) -> None:
-        self.samples, self.indices = samples, list(indices)
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, i):
-        return self.samples[self.indices[i]]
-
-
 class Files(Sequence):
     """(PIL image, label) of files."""
 
@@ -74,9 +64,9 @@ class Files(Sequence):
             return image.convert("RGB"), label
 
 
-def _divided(samples, labels, share: float, train: bool, name: str) -> Part:
+def _divided(samples, labels, share: float, train: bool, name: str) -> Subset:
     """The fixed training or test part of a data set without one."""
-    return Part(samples, stratified_split(np.asarray(labels), share, seeded(0, name))[0 if train else 1])
+    return Subset(samples, stratified_split(np.asarray(labels), share, seeded(0, name))[0 if train else 1])
 
 
 def _found(reader, root, **kwargs):
@@ -94,7 +84,7 @@ def _cars(root: Path, train: bool):
 
 def _dtd(root: Path, train: bool):
     splits = [_found(tv.DTD, root, split=s) for s in (("train", "val") if train else ("test",))]
-    return torch.utils.data.ConcatDataset(splits), splits[0].classes
+    return ConcatDataset(splits), splits[0].classes
 
 
 def _eurosat(root: Path, train: bool):
@@ -107,7 +97,8 @@ def _gtsrb(root: Path, train: bool):
 
 
 def _mnist(root: Path, train: bool):
-    return _found(tv.MNIST, root, train=train), [str(c) for c in range(10)]
+    images, labels = torchvision_arrays("MNIST", str(root), train)
+    return [(TF.to_pil_image(x), int(y)) for x, y in zip(images, labels)], [str(c) for c in range(10)]
 
 
 def _resisc45(root: Path, train: bool):
@@ -122,7 +113,7 @@ def _sun397(root: Path, train: bool):
     if not lists.exists():
         order = sorted(range(len(data)), key=lambda i: str(data._image_files[i]))  # the system lists files in any order
         labels = [data._labels[i] for i in order]
-        return _divided(Part(data, order), labels, 0.5, train, "sun397"), names
+        return _divided(Subset(data, order), labels, 0.5, train, "sun397"), names
     paths = [line.strip() for line in lists.read_text().splitlines() if line.strip()]
     files = [(str(root / "SUN397" / p.lstrip("/")), data.class_to_idx["/".join(Path(p).parts[2:-1])]) for p in paths]
     return Files(files), names
@@ -159,9 +150,9 @@ class Sequential8Vision(ContinualDataset):
             if len(found[2]) != wanted:
                 raise ValueError(f"{len(found[2])} classes instead of {wanted}")
             return found
+        except (UserError, RunError):
+            raise
         except Exception as e:
-            if isinstance(e, UserError):
-                raise
             reason = (" ".join(str(e).split()) or type(e).__name__)[:150]
             raise UserError(
                 f"{self.NAME}: {name} cannot be read or downloaded ({reason}): {HOW[name].format(root.absolute())}"

@@ -32,10 +32,11 @@ from backbones.utils.moments import exact_float32
 from federated.message import Message
 from models.task_arithmetic import TaskArithmetic
 from models.utils.gpm import pack_triu, unpack_triu
-from models.utils.linearize import frozen_mode
+from models.utils.kfac import Block
 from models.utils.merging import regression_merge, scale_off_diagonal, solve_gram, wide
 from utils.args import flag01, number
 from utils.errors import UserError
+from utils.evaluate import evaluating
 
 
 class _Stop(Exception):
@@ -100,7 +101,7 @@ class Com(TaskArithmetic):
 
         handles = [self.net.get_submodule(n).register_forward_pre_hook(hook(n)) for n in names]
         try:
-            with frozen_mode(self.net), torch.no_grad():
+            with evaluating(self.net), torch.no_grad():
                 like, d = next(self.net.parameters()), self.dataset
                 self.net(like.new_zeros(1, d.CHANNELS, *d.SIZE), returnt="features")
         finally:
@@ -125,7 +126,7 @@ class Com(TaskArithmetic):
 
         handle = self.net.get_submodule(layer).register_forward_pre_hook(pre)
         try:
-            with frozen_mode(self.net), torch.no_grad():
+            with evaluating(self.net), torch.no_grad():
                 self._own_lin.at(theta, x)
         except _Stop:
             pass
@@ -204,17 +205,13 @@ class Com(TaskArithmetic):
         grams = [p["gram"][:size, :size] for p in parts]
         out = {}
         for m in group:
-            W = [
-                torch.cat((e[f"{m}.weight"], e[f"{m}.bias"][:, None]), 1) if joint else e[f"{m}.weight"]
-                for e in experts
-            ]
+            block = Block((m,), joint)
+            W = [block.join(e)[0] for e in experts]
             if "cross" in parts[0]:
                 best = expert_outputs(W, grams, [p["cross"][:size, :size] for p in parts], self.args.com_alpha, lam)
             else:
                 best = regression_merge(W, grams, alpha=self.args.com_alpha, coefficients=lam)
-            out[f"{m}.weight"] = best[:, :-1] if joint else best
-            if joint:
-                out[f"{m}.bias"] = best[:, -1]
+            out |= block.split(best[None], experts[0])
         return out
 
     # ---------------------------------------------------------------- client

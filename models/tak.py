@@ -150,13 +150,14 @@ class Tak(TaskArithmetic):
         what = ("curvature", "kfac_mode", "kfac_qkv", "kfac_draws", "kfac_examples", "kfac_block", "lin_inner_norm")
         whose = ("seed", "alpha_share", "validation", "permute_classes", "fl")
         whose += ("num_clients", "partition_mode", "distribution_alpha", "class_quantity") if a.fl else ()
-        belongs = kfac.fingerprint(
-            self.net,
-            dataset=a.dataset,
-            task=task,
-            parameters=hashlib.blake2b(" ".join(self._own_lin.places).encode(), digest_size=8).hexdigest(),
-            **{k: getattr(a, k, None) for k in (*what, *whose)},
-        )
+        if not hasattr(self, "_own_belongs"):  # theta_0 stays; a large network is not hashed for every task
+            self._own_belongs = kfac.fingerprint(
+                self.net,
+                dataset=a.dataset,
+                parameters=hashlib.blake2b(" ".join(self._own_lin.places).encode(), digest_size=8).hexdigest(),
+                **{k: getattr(a, k, None) for k in (*what, *whose)},
+            )
+        belongs = {**self._own_belongs, "task": str(task)}
         name = hashlib.blake2b(json.dumps(belongs, sort_keys=True).encode(), digest_size=8).hexdigest()
         folder = Path(a.fisher_cache or Path(a.results_path) / "fisher")
         return folder / f"{a.dataset}_task_{task}_{a.curvature}_{name}.safetensors", belongs

@@ -193,14 +193,10 @@ class TaskArithmetic(FederatedModel):
 
         return at
 
-    def vector(self) -> dict[str, Tensor]:
-        """alpha merge(tau_1 ...) of the tasks learnt so far."""
+    def merged_vector(self) -> dict[str, Tensor]:
+        """merge(tau_1 ...) of the tasks learnt so far, kept until another is."""
         if not self.taus:
             return self._own_lin.zeros()
-        return {n: self.args.alpha * t for n, t in self.merged_vector().items()}
-
-    def merged_vector(self) -> dict[str, Tensor]:
-        """merge(tau_1 ...), kept until another task is learnt."""
         cached = getattr(self, "_own_merged", None)
         if cached is None or cached[0] != len(self.taus):
             self._own_merged = (len(self.taus), merge(self.taus, self.args.merging, self.args.seed))
@@ -210,7 +206,7 @@ class TaskArithmetic(FederatedModel):
         """Logits (B, N_CLASSES); classes of tasks to come have none yet, 0."""
         if self.rows is None:
             return self.net(x)
-        return self.head_logits(self.along(x, [self.vector()])(1.0))
+        return self.head_logits(self.along(x, [self.merged_vector()])(self.args.alpha))
 
     def trainable(self) -> dict[str, nn.Parameter]:
         tau = getattr(self, "tau", None)
@@ -235,9 +231,9 @@ class TaskArithmetic(FederatedModel):
             p.data = torch.zeros_like(p)
         if self.rows is None:
             self.rows = torch.zeros(self.dataset.N_CLASSES, self.net.feature_dim, device=self.device)
-        said = self.net.class_embeddings(self.dataset) if hasattr(self.net, "class_embeddings") else None
+        said = getattr(self.net, "text_rows", None)
         if said is not None:
-            self.rows = said.to(self.device)
+            self.rows = said
         else:
             sums = clients.sum("class_sums", Message({}))["sums"]
             self.rows[self.n_past_classes : self.n_seen_classes] = F.normalize(sums.to(self.device), dim=1)
@@ -258,11 +254,12 @@ class TaskArithmetic(FederatedModel):
             return
         self.prepare_merge(clients)
         if self.args.alpha_share:
-            merged = self.merged_vector()
+            merged, grid = self.merged_vector(), self.coefficients()
             for t in range(self.n_tasks):
-                self.held_out[t] = self.count_right(clients.of_task(t), [merged, self.taus[t]])
+                owners = clients.of_task(t)
+                self.held_out[t] = self.count_right(owners, [merged, self.taus[t]], grid)
                 if self.args.control_dataset:
-                    self.negated[t] = self.count_right(clients.of_task(t), [self.taus[t]], -1.0)
+                    self.negated[t] = self.count_right(owners, [self.taus[t]], self.negative_coefficients())
 
     def prepare_merge(self, clients) -> None:
         """Once all tasks are learnt, before anything is measured: what a merger wants to know of the clients' data."""
@@ -272,11 +269,16 @@ class TaskArithmetic(FederatedModel):
         first, last, step = self.args.alpha_grid
         return [first + i * step for i in range(int((last - first) / step + 1e-6) + 1)]
 
-    def count_right(self, clients, vectors: list[dict[str, Tensor]], sign: float = 1.0) -> Tensor:
-        """Held-out images of clients that are right: (coefficients + 2,), at each coefficient of the first vector, with
-        the second vector alone (0 if there is none), and how many there are."""
+    def negative_coefficients(self) -> list[float]:
+        """Those of negation: 0, which changes nothing, and the others with a minus."""
+        return [0.0, *(-a for a in self.coefficients() if a)]
+
+    def count_right(self, clients, vectors: list[dict[str, Tensor]], grid: list[float]) -> Tensor:
+        """Held-out images of clients that are right: (grid + 2,), at each coefficient of the first vector, with the
+        second vector alone (0 if there is none), and how many there are."""
         tensors = {f"{i}.{n}": t for i, v in enumerate(vectors) for n, t in v.items()}
-        message = Message({**tensors, "rows": self.rows}, vectors=len(vectors), sign=sign)
+        tensors |= {"rows": self.rows, "grid": torch.tensor(grid, dtype=torch.float64)}
+        message = Message(tensors, vectors=len(vectors))
         return clients.sum("held_out_right", message)["right"]
 
     # ---------------------------------------------------------------- client
@@ -289,16 +291,21 @@ class TaskArithmetic(FederatedModel):
         return (client.indices if train is None else client.indices[train]), client.indices[held]
 
     def class_sums(self, message: Message, client) -> Message:
-        """Sum of f(x) over (some of) the client's images of each class of the task (C_t, d), under theta_0."""
-        sums = torch.zeros(self.n_classes_current_task, self.net.feature_dim, device=self.device)
+        """What (some of) the client's images make of the classifier's rows for the task (C_t, d)."""
         if self.args.head_shots:
             labels = self.dataset.labels_of(client.indices)
             of_class = [(labels == c).nonzero()[:, 0] for c in labels.unique()]
             some = [i[torch.randperm(len(i), generator=client.generator)[: self.args.head_shots]] for i in of_class]
             client.indices = client.indices[torch.cat(some).sort().values]
-        for x, y in client.stat_loader():
-            sums.index_add_(0, y - self.n_past_classes, F.normalize(self._own_lin.output(x).to(sums), dim=1))
-        return Message({"sums": sums})
+        batches = ((x, y - self.n_past_classes) for x, y in client.stat_loader())
+        return Message({"sums": self.sums_of_classes(batches, self.n_classes_current_task)})
+
+    def sums_of_classes(self, batches, classes: int) -> Tensor:
+        """Sum of f(x), of length one, over the images of each class (classes, d), under theta_0."""
+        sums = torch.zeros(classes, self.net.feature_dim, device=self.device)
+        for x, y in batches:
+            sums.index_add_(0, y, F.normalize(self._own_lin.output(x).to(sums), dim=1))
+        return sums
 
     def held_out_right(self, message: Message, client) -> Message:
         """See :meth:`count_right`."""
@@ -308,7 +315,7 @@ class TaskArithmetic(FederatedModel):
         ]
         client.indices = self.kept(client)[1]
         batches = client.stat_loader() if len(client.indices) else ()
-        grid = [message["sign"] * a for a in self.coefficients()]
+        grid = message["grid"].tolist()
         found, alone, n = right(self, batches, self.get_offsets(client.task), vectors, grid)
         return Message({"right": torch.cat((found, alone[None], n[None]))})
 

@@ -57,15 +57,15 @@ def evaluation_batches(dataset, task: int, device, keep: slice = slice(None)):
 
 
 @contextmanager
-def evaluating(model) -> Iterator[None]:
-    """Within the block, a method and its network are in evaluation mode; afterwards each as it was."""
-    before = model.training, model.net.training
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Within the block a method or a network is in evaluation mode; afterwards each of its modules is as it was."""
+    before = {module: module.training for module in model.modules()}
     model.eval()
     try:
         yield
     finally:
-        model.train(before[0])
-        model.net.train(before[1])
+        for module, training in before.items():
+            module.training = training
 
 
 @torch.no_grad()

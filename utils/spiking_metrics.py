@@ -79,7 +79,7 @@ def plot_spikes(model, dataset, after: int, file: str | Path) -> None:
 
     A raster has a row for each of at most 200 neurons (those that fire most) and a column for each time step.
     """
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure  # not pyplot, as in utils/report_plots.py
 
     layers = list(neuron_layers(model.net))
     shown = list(dict.fromkeys([layers[0], layers[len(layers) // 2], layers[-1]]))
@@ -92,9 +92,8 @@ def plot_spikes(model, dataset, after: int, file: str | Path) -> None:
     ):
         for x in firsts:
             model(x)
-    fig, axes = plt.subplots(
-        len(shown) + 1, 1, figsize=(8, 2.2 * (len(shown) + 1)), layout="constrained", squeeze=False
-    )
+    fig = Figure(figsize=(8, 2.2 * (len(shown) + 1)), layout="constrained")
+    axes = fig.subplots(len(shown) + 1, 1, squeeze=False)
     for ax, name in zip(axes[:, 0], shown):
         spikes = recorder[name].flatten(2).float()  # (T, images, neurons)
         T, n, _ = spikes.shape
@@ -110,4 +109,3 @@ def plot_spikes(model, dataset, after: int, file: str | Path) -> None:
     axes[-1, 0].set_ylabel("firing rate")
     axes[0, 0].set_title(f"spikes of one test image per task over {T} steps, after task {after + 1}")
     fig.savefig(file, dpi=120)
-    plt.close(fig)

@@ -1,12 +1,20 @@
-"""Whether there is a hub of weights to ask."""
+"""Pretrained weights: the flag that asks for them, and whether there is a hub to ask."""
 
 from __future__ import annotations
 
+import argparse
 import socket
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import huggingface_hub
+
+
+def add_pretrained_arg(parser: argparse.ArgumentParser) -> None:
+    """``--pretrained``."""
+    parser.add_argument(
+        "--pretrained", type=int, choices=(0, 1), default=1, help="1: pretrained weights; 0: random initialisation"
+    )
 
 
 def offline() -> bool:

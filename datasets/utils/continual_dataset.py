@@ -92,11 +92,11 @@ class ContinualDataset:
         self.train_loader: BatchLoader | None = None
         self.test_loaders: list[BatchLoader] = []
         self.configure()
-        self._load()
         self._transforms = {
             True: Compose([*self.TRAIN_AUGMENT, *self._normalize()]),
             False: Compose([*self.TEST_AUGMENT, *self._normalize()]),
         }
+        self._load()
 
     # ---- what a dataset file writes
     @staticmethod

@@ -32,7 +32,9 @@ def mapped_images(folder: Path, part: str, size: int, read: Callable) -> tuple[n
         part: name of the files. read: called if they are not there; gives (a sequence of (PIL image, label), names).
     """
     file, info = folder / f"{part}-{size}.npy", folder / f"{part}-{size}.npz"
-    if not (file.exists() and info.exists()):
+
+    def make() -> dict[str, np.ndarray]:
+        """Write the images first: where there are labels, there are images."""
         samples, names = read()
         labels = np.empty(len(samples), dtype=np.int64)
         folder.mkdir(parents=True, exist_ok=True)
@@ -44,9 +46,11 @@ def mapped_images(folder: Path, part: str, size: int, read: Callable) -> tuple[n
                 images[i] = square(image, size)
             images.flush()
             del images
+        return {"labels": labels, "names": np.array(names)}
+
+    if not file.exists():
         info.unlink(missing_ok=True)
-        cached_arrays(info, lambda: {"labels": labels, "names": np.array(names)})
-    stored = cached_arrays(info, dict)
+    stored = cached_arrays(info, make)
     return np.load(file, mmap_mode="r"), stored["labels"], stored["names"].tolist()
 
 

@@ -39,10 +39,11 @@ from torch import Tensor, nn
 from backbones.utils.moments import exact_float32
 from models.utils.federated_model import in_place
 from models.utils.gpm import pack_triu, unpack_triu
-from models.utils.linearize import differentiable_forward, frozen_mode, places_of
+from models.utils.linearize import differentiable_forward, places_of
 from models.utils.merging import wide
 from utils.checkpoints import digest
 from utils.errors import UserError
+from utils.evaluate import evaluating
 from utils.files import replacing
 
 MODES = ("official", "expand", "reduce")
@@ -135,9 +136,17 @@ class Layout:
         return self.norms + self.tokens
 
 
+class _Sums:
+    """Sums over the images of a data set, whose parts add up (``+``); has ``tensors``, ``with_tensors`` and ``n``."""
+
+    def __add__(self, other):
+        theirs = other.tensors()
+        return self.with_tensors({k: t + theirs[k] for k, t in self.tensors().items()}, self.n + other.n)
+
+
 @dataclass
-class Curvature:
-    """Sums over ``n`` images: A and B by block, F by parameter. Of one data set, parts add up (``+``)."""
+class Curvature(_Sums):
+    """Sums over ``n`` images: A and B by block, F by parameter."""
 
     layout: Layout
     A: dict[str, Tensor]
@@ -161,9 +170,6 @@ class Curvature:
             {n: square(*d.shape[:2]) for n, d in D.items()},
             {n: square(like[n].numel()) for n in layout.full},
         )
-
-    def __add__(self, other: Curvature) -> Curvature:
-        return self.with_tensors({k: t + other.tensors()[k] for k, t in self.tensors().items()}, self.n + other.n)
 
     def tensors(self) -> dict[str, Tensor]:
         """{'A.block': ..., 'B.block': ..., 'F.parameter': ...}."""
@@ -240,7 +246,7 @@ def gradients(
         # every image gets a class token of its own, whose gradient is then the image's
         own = {n: parameters[n].detach().reshape(1, 1, -1).repeat(len(x), 1, 1).requires_grad_() for n in tokens}
         with (
-            frozen_mode(net),
+            evaluating(net),
             differentiable_forward(net),
             torch.enable_grad(),
             tape.recording(),
@@ -324,14 +330,11 @@ def _add(total: Curvature, rows: Rows, mode: str) -> None:
 
 
 @dataclass
-class Diagonal:
+class Diagonal(_Sums):
     """The diagonal of sum_x J^T J itself over ``n`` images, {parameter: like it}: a smaller :class:`Curvature`."""
 
     D: dict[str, Tensor]
     n: int = 0
-
-    def __add__(self, other: Diagonal) -> Diagonal:
-        return self.with_tensors({k: t + other.tensors()[k] for k, t in self.tensors().items()}, self.n + other.n)
 
     def tensors(self) -> dict[str, Tensor]:
         """{'D.parameter': ...}."""
@@ -434,34 +437,27 @@ class Penalty:
         scale: Mapping[str, float] | None = None,
     ):
         self.stacks: list[tuple[list[Block], Tensor, Tensor]] = []
-        self.full: list[tuple[list[str], Tensor]] = []
-        scale, layout = scale or {}, terms[0][1].layout
-        like = dict(like)
+        scale, first = scale or {}, terms[0][1]
+        kind = next(iter(like.values()))
 
-        def stacked(key: str, names: Sequence[str], weights: Sequence[float]) -> Tensor:
-            """(terms, names, ..., d, d)."""
-            return torch.stack(
-                [
-                    torch.stack([lam * w * getattr(t, key)[n] for n, w in zip(names, weights)])
-                    if key != "A"
-                    else torch.stack([t.A[n] for n in names])
-                    for lam, t in terms
-                ]
-            ).to(next(iter(like.values())))
+        def stacked(key: str, names: Sequence[str], weighted: bool = True) -> Tensor:
+            """(terms, names, ..., d, d), times lambda_t and scale if ``weighted``."""
+            rows = []
+            for lam, t in terms:
+                weights = [lam * scale.get(n, 1.0) if weighted else 1.0 for n in names]
+                rows.append(torch.stack([w * getattr(t, key)[n] for n, w in zip(names, weights)]))
+            return torch.stack(rows).to(kind)
 
         shapes: dict[tuple, list[Block]] = {}
-        for block in layout.blocks:
-            first = terms[0][1]
+        for block in first.layout.blocks:
             shapes.setdefault((first.A[block.name].shape, first.B[block.name].shape), []).append(block)
         for blocks in shapes.values():
             names = [b.name for b in blocks]
-            weights = [scale.get(n, 1.0) for n in names]
-            self.stacks.append((blocks, stacked("B", names, weights), stacked("A", names, weights)))
-        sizes: dict[int, list[str]] = {}
-        for name in layout.full:
-            sizes.setdefault(like[name].numel(), []).append(name)
-        for names in sizes.values():
-            self.full.append((names, stacked("F", names, [scale.get(n, 1.0) for n in names])))
+            self.stacks.append((blocks, stacked("B", names), stacked("A", names, weighted=False)))
+        sizes: dict[torch.Size, list[str]] = {}
+        for name in first.layout.full:
+            sizes.setdefault(first.F[name].shape, []).append(name)
+        self.full = [(names, stacked("F", names)) for names in sizes.values()]
 
     @torch.no_grad()
     def __call__(self, tau: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from backbones.utils.base import plain_attention
 from models.utils.federated_model import in_place
+from utils.evaluate import evaluating
 
 with warnings.catch_warnings():  # torch warns of its own use of torch.jit when this is first needed
     warnings.simplefilter("ignore")
@@ -46,23 +47,12 @@ def differentiable_forward(net: nn.Module) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def frozen_mode(net: nn.Module) -> Iterator[None]:
-    """Within the block every module is in evaluation mode: f must not depend on the batch or on draws."""
-    before = {module: module.training for module in net.modules()}
-    net.eval()
-    try:
-        yield
-    finally:
-        for module, training in before.items():
-            module.training = training
-
-
 class Linearized:
     """f(., theta_0) and its derivatives in the parameters ``names`` of ``net``, whose values are theta_0.
 
-    theta_0 is read from the network whenever it is needed and never changed. Of parameters that are not named, and of
-    those of which no ``tau`` is given, the tangent is zero, and costs nothing.
+    theta_0 is read from the network whenever it is needed and never changed; the network is in evaluation mode
+    meanwhile, as f must not depend on the batch or on draws. Of parameters that are not named, and of those of which no
+    ``tau`` is given, the tangent is zero, and costs nothing.
 
     Args:
         net: any module. names: of parameters, as in ``net.named_parameters()``.
@@ -89,7 +79,7 @@ class Linearized:
     @torch.no_grad()
     def output(self, x: Tensor) -> Tensor:
         """f(x, theta_0) (B, C)."""
-        with frozen_mode(self.net):
+        with evaluating(self.net):
             return self.function(x)
 
     @torch.no_grad()
@@ -99,7 +89,7 @@ class Linearized:
         Of a weighted sum of task vectors the answer is the weighted sum: sweeps over coefficients cost no more passes.
         """
         start, products = self.start(), []
-        with frozen_mode(self.net), differentiable_forward(self.net):
+        with evaluating(self.net), differentiable_forward(self.net):
             for tau in taus:
                 moved = {n: start[n] for n in tau}
                 products.append(jvp(lambda theta: self.at(theta, x), (moved,), (dict(tau),))[1])
@@ -122,7 +112,7 @@ class Linearized:
         """
         (product,) = self.tangents(x, [tau])
         leaves = {n: p.requires_grad_() for n, p in self.start().items() if n in tau}
-        with frozen_mode(self.net), torch.enable_grad():
+        with evaluating(self.net), torch.enable_grad():
             f0 = self.at(leaves, x)
             product = product.requires_grad_()
             value = loss(f0.detach(), product)

@@ -6,16 +6,20 @@ the logits of features.
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from backbones.utils import peft_files
-from models.utils.merging import dare, iso_c, iso_cts, ties_merge, tsv_m, wudi
+from datasets import get_dataset
+from datasets.utils import seeded, stratified_split
+from models.utils.merging import dare, iso_c, iso_cts, ties_merge, tsv_m, weighted_mean, wudi
 from utils.conf import make_generator
 from utils.errors import UserError
 from utils.evaluate import evaluation_batches
@@ -33,7 +37,7 @@ KEPT = 0.95  # share of the control data set's accuracy that negation must leave
 
 def combined(vectors: Sequence[Vector], coefficients: Sequence[float]) -> dict[str, Tensor]:
     """sum_i c_i v_i."""
-    return {n: sum(c * v[n] for c, v in zip(coefficients, vectors)) for n in vectors[0]}
+    return {n: weighted_mean([v[n] for v in vectors], coefficients) for n in vectors[0]}
 
 
 def _matrices(rule: Callable[[Sequence[Tensor]], Tensor]) -> Callable:
@@ -41,8 +45,8 @@ def _matrices(rule: Callable[[Sequence[Tensor]], Tensor]) -> Callable:
 
     def merger(taus, generator):
         return {
-            n: rule([t[n] for t in taus]) if tau.dim() == 2 else sum(t[n] for t in taus) / len(taus)
-            for n, tau in taus[0].items()
+            n: rule([t[n] for t in taus]) if tau.dim() == 2 else mean
+            for (n, tau), mean in zip(taus[0].items(), _mean(taus, generator).values())
         }
 
     return merger
@@ -238,22 +242,13 @@ def negation(method, dataset) -> dict[str, float]:
     are both test sets (arXiv 2212.04089, sec. 3). Returns means over tasks: ``negation_target``, ``negation_control``,
     ``control_zero_shot``, and ``negation_alpha``.
     """
-    from argparse import Namespace
-
-    from datasets import get_dataset
-    from datasets.utils import seeded, stratified_split
-
     args = {k: v for k, v in vars(method.args).items() if k not in ("n_epochs", "validation", "joint")}
     control = get_dataset(Namespace(**{**args, "dataset": method.args.control_dataset, "joint": 0})).to(method.device)
     everything = torch.arange(len(control.train_labels))
     rest, chosen = stratified_split(control.train_labels.cpu().numpy(), 0.1, seeded(method.args.seed, "control"))
-    rows = torch.zeros(control.N_CLASSES, method.net.feature_dim, device=method.device)
-    for x, y in control.loader(everything[rest], 0, 256, False, device=method.device, split="train"):
-        rows.index_add_(0, y, torch.nn.functional.normalize(method._own_lin.output(x).to(rows), dim=1))
-    rows, mine = torch.nn.functional.normalize(rows, dim=1), method.rows
-    grid = [-a for a in method.coefficients()]
-    if 0.0 not in grid:
-        grid = [0.0, *grid]
+    batches = control.loader(everything[rest], 0, 256, False, device=method.device, split="train")
+    rows, mine = F.normalize(method.sums_of_classes(batches, control.N_CLASSES), dim=1), method.rows
+    grid = method.negative_coefficients()  # the first is 0
 
     def control_right(tau, batches) -> Tensor:
         method.rows = rows
@@ -271,16 +266,14 @@ def negation(method, dataset) -> dict[str, float]:
     for t, tau in enumerate(method.taus):
         validation = control.loader(everything[chosen], 0, 256, False, device=method.device, split="train")
         kept = control_right(tau, validation)
-        target = method.negated[t][:-2].cpu()
-        target = target if len(target) == len(grid) else torch.cat((target[:1] + float("inf"), target))
-        allowed = kept >= KEPT * kept[grid.index(0.0)]
-        best = int(torch.where(allowed, target, torch.inf).argmin())
+        allowed = kept >= KEPT * kept[0]
+        best = int(torch.where(allowed, method.negated[t][:-2].cpu(), torch.inf).argmin())
         hits, _, n = right(method, evaluation_batches(dataset, t, method.device), dataset.get_offsets(t), [tau], grid)
         on_test = control_right(tau, control_test())
         targets.append(float(100 * hits[best] / n))
         controls.append(float(on_test[best]))
         alphas.append(-grid[best])
-        zero = float(on_test[grid.index(0.0)])
+        zero = float(on_test[0])
     k = len(targets)
     return {
         "negation_target": sum(targets) / k,

@@ -26,7 +26,8 @@ from backbones.vit import as_backbone
 from models.task_arithmetic import FROZEN, group_of
 from models.utils import kfac
 from models.utils.kfac import Layout, Penalty, References
-from models.utils.linearize import Linearized, differentiable_forward, frozen_mode
+from models.utils.linearize import Linearized, differentiable_forward
+from utils.evaluate import evaluating
 
 CLASSES = 10
 
@@ -63,7 +64,7 @@ class Steps:
 
     def through(self):
         leaves = {n: t.clone().requires_grad_() for n, t in self.tau.items()}
-        with frozen_mode(self.lin.net), differentiable_forward(self.lin.net):
+        with evaluating(self.lin.net), differentiable_forward(self.lin.net):
             f0, product = torch.func.jvp(lambda t: self.lin.at(t, self.x), (self.lin.start(),), (leaves,))
         grads = torch.autograd.grad(self.loss(f0 + product), list(leaves.values()))
         return dict(zip(leaves, grads))

@@ -58,7 +58,7 @@ def test_features_are_the_librarys(folder):
         torch.testing.assert_close(net(x, returnt="features"), want)
         grey = torch.randn(2, 1, 28, 28)
         assert net(grey).shape == (2, 3)  # other sizes and grey images are made to fit
-    assert theirs.config.vision_config.hidden_act == "quick_gelu" and net.class_embeddings(Data()) is None
+    assert theirs.config.vision_config.hidden_act == "quick_gelu" and net.text_rows is None
     assert float(net.logit_scale) == pytest.approx(float(theirs.logit_scale.detach()))
 
 
@@ -74,7 +74,7 @@ def test_text_head_is_the_mean_over_templates(folder):
                 e = model.get_text_features(**tokenizer([prompt], return_tensors="pt"))
                 said.append(F.normalize(getattr(e, "pooler_output", e), dim=1))
             want.append(F.normalize(torch.cat(said).mean(0), dim=0))
-    torch.testing.assert_close(net.class_embeddings(Named()), torch.stack(want), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(net.text_rows, torch.stack(want), rtol=1e-4, atol=1e-5)
     assert not any(n.startswith("text") for n, _ in net.named_parameters())
     assert not any("text" in n for n in net.state_dict())
 
