@@ -80,7 +80,6 @@ class Com(TaskArithmetic):
         if args.com_target == "expert_output" and args.com_granularity != "linear":
             raise UserError("--com_target expert_output needs --com_granularity linear")
         super().__init__(backbone, loss, args, transform, dataset)
-        self.chain: dict[str, Tensor] | None = None  # the merged vector, once all experts are there
 
     # ---------------------------------------------------------------- the network
 
@@ -136,9 +135,6 @@ class Com(TaskArithmetic):
 
     # ---------------------------------------------------------------- server
 
-    def merged_vector(self):
-        return super().merged_vector() if self.chain is None else self.chain
-
     def prepare_merge(self, clients) -> None:
         start, n = self._own_lin.start(), len(self.taus)
         experts = [{k: start[k] + t for k, t in tau.items()} for tau in self.taus]
@@ -150,7 +146,7 @@ class Com(TaskArithmetic):
             replies = [self.statistics(clients, i, batch, merged, experts[i]) for i in range(n)]
             for k, group in enumerate(batch):
                 merged |= self.solve(group, experts, [r[k] for r in replies])
-        self.chain = {k: merged[k] - start[k] for k in start}
+        self.solved = {k: merged[k] - start[k] for k in start}
 
     def steps(self) -> Iterator[list[list[str]]]:
         """Groups of layers whose statistics are taken together, one after another (``--com_granularity``)."""
@@ -220,11 +216,7 @@ class Com(TaskArithmetic):
         """Sums over tokens of what layers are given, a 1 appended, for images of the client without augmentation."""
         theta = {k: t.to(self.device) for k, t in message.tensors("theta.").items()}
         expert = {k: t.to(self.device) for k, t in message.tensors("expert.").items()}
-        mine = self.kept(client)[0]
-        if self.args.calib_examples:
-            order = torch.randperm(len(mine), generator=client.generator)
-            mine = mine[order[: self.args.calib_examples].sort().values]
-        client.indices, out = mine, {}
+        client.indices, out = self.drawn(client, self.args.calib_examples), {}
         images = [x for x, _ in client.stat_loader()]
         with exact_float32():
             for k, layer in enumerate(message["layers"].split()):

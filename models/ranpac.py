@@ -20,6 +20,7 @@ in models/config/ranpac.yaml.
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -187,8 +188,11 @@ class Ranpac(FederatedModel):
     def solve(self, reply: Message, known: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """(G as a triangle, Q (M, classes seen), W_o) of a task's statistics and those ``known`` of tasks before it.
 
+        Lambda is chosen on the task alone; where rounding in the sum over tasks is larger than that, the smallest of
+        ``RIDGES`` above it that gives a solution is taken, with a warning.
+
         Raises:
-            RunError: G + lambda I is singular.
+            RunError: G + lambda I is singular, for the lambda that was asked for or for all.
         """
         ridge, parts = self.args.ridge, [p for p in ("fit", "rest") if f"gram.{p}" in reply]
         if ridge is None and 0 < reply["n_rest"] < reply["n_samples"]:
@@ -201,9 +205,16 @@ class Ranpac(FederatedModel):
         cross = F.pad(cross, (before, after))
         if known:
             gram, cross = gram + known["gram"], cross + known["cross"]
-        W = ridge_solution(unpack_triu(gram), cross[:, : self.n_seen_classes], ridge)
-        if W is None:
-            raise RunError(f"ranpac: G + {ridge:g} I is singular after task {self.current_task + 1}; raise --ridge")
+        G, seen, task = unpack_triu(gram), cross[:, : self.n_seen_classes], self.current_task + 1
+        larger = [r for r in RIDGES if r > ridge] if self.args.ridge is None else []
+        for used in (ridge, *larger):
+            W = ridge_solution(G, seen, used)
+            if W is not None:
+                break
+        else:
+            raise RunError(f"ranpac: G + {ridge:g} I is singular after task {task}; raise --ridge")
+        if used != ridge:
+            warnings.warn(f"ranpac: G + {ridge:g} I is singular after task {task}, lambda is {used:g}", stacklevel=2)
         return gram, cross, W
 
     # ---------------------------------------------------------------- client

@@ -179,10 +179,9 @@ class Tak(TaskArithmetic):
 
     def curvature(self, message: Message, client) -> Message:
         """Sums over the client's images that it trains on, or some of them."""
-        a, mine = self.args, self.kept(client)[0]
-        n = len(mine)
-        k = n if a.kfac_examples == 1 else min(n, max(1, round(a.kfac_examples * (n if a.kfac_examples < 1 else 1))))
-        client.indices = mine[torch.randperm(n, generator=client.generator)[:k].sort().values]
+        a, n = self.args, len(self.kept(client)[0])
+        k = 0 if a.kfac_examples == 1 else max(1, round(a.kfac_examples * (n if a.kfac_examples < 1 else 1)))
+        client.indices = self.drawn(client, k)
         images = (x for x, _ in client.stat_loader(batch_size=a.kfac_batch))
         options = {"draws": a.kfac_draws, "generator": client.generator}
         if a.curvature == "diag":

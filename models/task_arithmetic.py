@@ -103,6 +103,14 @@ class TaskArithmetic(FederatedModel):
         )
         add("--warmup", type=number(int, 0), default=500, help="steps for which the rate rises")
         add("--virtual_bs_n", type=number(int, 1), default=1, help="batches whose gradients make one step")
+        add(
+            "--layer_errors",
+            type=flag01,
+            default=0,
+            nargs="?",
+            const=1,
+            help="1: how far each layer's outputs in the merged network are from the experts', in the end",
+        )
         add("--localisation", type=flag01, default=0, nargs="?", const=1, help="1: AUROC of |J tau_t|^2, in the end")
         add(
             "--disentanglement",
@@ -140,6 +148,10 @@ class TaskArithmetic(FederatedModel):
             raise UserError(f"--disentanglement {pairs}: give pairs of tasks between 0 and {self.n_tasks - 1}")
         if args.localisation and args.regime != "linear":
             raise UserError(f"--localisation needs --regime linear: |J tau|^2 says nothing of --regime {args.regime}")
+        if args.layer_errors and args.regime == "linear":
+            raise UserError(
+                "--layer_errors needs --regime full or attention: in the tangent no layer has other weights"
+            )
         if args.control_dataset:
             get_dataset_class(args.control_dataset)  # a wrong name is told now, not when all is trained
             if not args.alpha_share:
@@ -160,6 +172,7 @@ class TaskArithmetic(FederatedModel):
         self.held_out: dict[int, Tensor] = {}  # task -> what count_right says of the merged vector and tau_t
         self._own_given = read_task_vectors(args.merge_from, self) if args.merge_from else None
         self.negated: dict[int, Tensor] = {}  # the same at theta_0 - alpha tau_t, with --control_dataset
+        self.solved: dict[str, Tensor] | None = None  # the merged vector, where a method makes it of data
 
     # ---------------------------------------------------------------- the function
 
@@ -194,7 +207,9 @@ class TaskArithmetic(FederatedModel):
         return at
 
     def merged_vector(self) -> dict[str, Tensor]:
-        """merge(tau_1 ...) of the tasks learnt so far, kept until another is."""
+        """What a method made of all (``prepare_merge``), or else merge(tau_1 ...) of the tasks learnt so far."""
+        if self.solved is not None:
+            return self.solved
         if not self.taus:
             return self._own_lin.zeros()
         cached = getattr(self, "_own_merged", None)
@@ -262,7 +277,7 @@ class TaskArithmetic(FederatedModel):
                     self.negated[t] = self.count_right(owners, [self.taus[t]], self.negative_coefficients())
 
     def prepare_merge(self, clients) -> None:
-        """Once all tasks are learnt, before anything is measured: what a merger wants to know of the clients' data."""
+        """Once all tasks are learnt, before anything is measured: mergers that need data set ``solved`` here."""
 
     def coefficients(self) -> list[float]:
         """Those of ``--alpha_grid``."""
@@ -289,6 +304,12 @@ class TaskArithmetic(FederatedModel):
         labels = self.dataset.labels_of(client.indices).numpy()
         train, held = stratified_split(labels, self.args.alpha_share, rng) if self.args.alpha_share else (None, [])
         return (client.indices if train is None else client.indices[train]), client.indices[held]
+
+    def drawn(self, client, n: int) -> Tensor:
+        """n of the samples that the client trains on, drawn without replacement, in their order (0: all)."""
+        mine = self.kept(client)[0]
+        order = torch.randperm(len(mine), generator=client.generator)
+        return mine[order[: n or None].sort().values]
 
     def class_sums(self, message: Message, client) -> Message:
         """What (some of) the client's images make of the classifier's rows for the task (C_t, d)."""

@@ -1,4 +1,4 @@
-"""The diagonal of the empirical Fisher matrix, sample by sample with vmap: EWC, Fisher-weighted averaging."""
+"""The diagonal of the empirical Fisher matrix, sample by sample with vmap: EWC, Fisher-weighted means."""
 
 from __future__ import annotations
 
@@ -23,8 +23,12 @@ def fisher_diagonal(
     log_likelihood: Callable[[Mapping[str, Tensor], Tensor, Tensor], Tensor],
     params: Mapping[str, Tensor],
     batches: Iterable[tuple[Tensor, Tensor]],
+    by_likelihood: bool = True,
 ) -> dict[str, Tensor]:
     """sum_x p(y|x) (d log p(y|x) / d theta)^2, with the labels y of the data (fed-mammoth's and Mammoth's weighting).
+
+    Without ``by_likelihood`` the factor p(y|x) is 1: for labels drawn from p(y|x) that is the Fisher matrix's diagonal
+    itself, for those of the data the empirical one.
 
     Args:
         log_likelihood: (params, x (1, ...), y (1,)) -> log p(y|x), a scalar. params: {name: theta}.
@@ -44,8 +48,9 @@ def fisher_diagonal(
     for inputs, labels in batches:
         for x, y in zip(inputs.split(size), labels.split(size)):
             grads, logp = per_sample(params, x, y)
+            weight = logp.exp() if by_likelihood else torch.ones_like(logp)
             for name, g in grads.items():
-                total[name] += torch.einsum("b,b...->...", logp.exp(), g.square())
+                total[name] += torch.einsum("b,b...->...", weight, g.square())
     return total
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from backbones.utils import peft_files
 from datasets import get_dataset
@@ -22,13 +22,14 @@ from datasets.utils import seeded, stratified_split
 from models.utils.merging import dare, iso_c, iso_cts, ties_merge, tsv_m, weighted_mean, wudi
 from utils.conf import make_generator
 from utils.errors import UserError
-from utils.evaluate import evaluation_batches
+from utils.evaluate import evaluating, evaluation_batches
 from utils.files import replacing
 from utils.loggers import write_csv
 
 Vector = Mapping[str, Tensor]
 
 GRID = [x / 2 for x in range(-6, 7)]  # coefficients of disentanglement error, -3 to 3 (arXiv 2305.12827, fig. 3)
+LAYER_BATCH = 32  # images whose outputs of all layers are held at once
 KEPT = 0.95  # share of the control data set's accuracy that negation must leave (arXiv 2212.04089, sec. 3)
 
 
@@ -200,6 +201,8 @@ def final_metrics(method, dataset, folder: Path) -> dict[str, float]:
     if best is not None:
         out |= {"best_alpha": best}
         out |= {f"{k}_best": at(best)[k] for k in ("absolute_acc", "normalized_acc")}
+    if method.args.layer_errors:
+        out["layer_error"] = layer_errors(method, dataset, folder)
     if method.args.localisation:
         out["localisation_auroc"] = localisation(method, dataset, folder)
     for a, b in zip(method.args.disentanglement[::2], method.args.disentanglement[1::2]):
@@ -344,3 +347,63 @@ def localisation(method, dataset, folder: Path) -> float:
     area = [100 * float(roc_auc_score((owner == t).numpy(), score[:, t].numpy())) for t in range(len(method.taus))]
     write_csv(folder / "localisation.csv", [{"task": t + 1, "auroc": a} for t, a in enumerate(area)])
     return sum(area) / len(area)
+
+
+# ---------------------------------------------------------------- layers
+
+
+def layer_outputs(method, theta: Vector, x: Tensor) -> dict[str, Tensor]:
+    """What each linear layer that is trained gives for images x with weights ``theta``, in the order of their use."""
+    names = [n.removesuffix(".weight") for n in method._own_lin.places if n.endswith(".weight")]
+    found: dict[str, Tensor] = {}
+    handles = [
+        method.net.get_submodule(n).register_forward_hook(lambda module, args, y, n=n: found.__setitem__(n, y))
+        for n in names
+        if isinstance(method.net.get_submodule(n), nn.Linear)
+    ]
+    try:
+        with evaluating(method.net):
+            method._own_lin.at(theta, x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+@torch.no_grad()
+def layer_errors(method, dataset, folder: Path) -> float:
+    """How far layers are from the experts': |Y - Y_t|^2 / |Y_t|^2 over test images of task t, in %.
+
+    Y are the outputs of a linear layer in the merged network (at ``--alpha``), Y_t in expert t, each given what comes
+    out of its own layers before. Writes layer_errors.csv, a row for each layer, and .png.
+
+    Returns:
+        The mean over layers and tasks.
+    """
+    start = method._own_lin.start()
+    merged = {n: start[n] + method.args.alpha * t for n, t in method.merged_vector().items()}
+    rows: dict[str, dict] = {}
+    for t, tau in enumerate(method.taus):
+        expert, off, size = {n: start[n] + d for n, d in tau.items()}, {}, {}
+        for batch, _ in evaluation_batches(dataset, t, method.device, slice(1024)):
+            for x in batch.split(LAYER_BATCH):
+                theirs = layer_outputs(method, expert, x)
+                for n, y in layer_outputs(method, merged, x).items():
+                    off[n] = off.get(n, 0.0) + float((y - theirs[n]).double().square().sum())
+                    size[n] = size.get(n, 0.0) + float(theirs[n].double().square().sum())
+        for n in off:
+            rows.setdefault(n, {"layer": n})[f"task_{t + 1}"] = 100 * off[n] / max(size[n], 1e-30)
+    table = [r | {"mean": sum(list(r.values())[1:]) / len(method.taus)} for r in rows.values()]
+    write_csv(folder / "layer_errors.csv", table)
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=(max(5, 0.18 * len(table)), 3.6), layout="constrained")
+    ax = fig.subplots()
+    for t in range(len(method.taus)):
+        ax.plot([r[f"task_{t + 1}"] for r in table], color="#999999", lw=0.7)
+    ax.plot([r["mean"] for r in table], color="#0072B2", lw=2, label="mean over tasks")
+    ax.set_xticks(range(len(table)), [r["layer"] for r in table], rotation=90, fontsize=6)
+    ax.set(ylabel="error of the layer's outputs (%)", ylim=(0, None))
+    ax.legend()
+    fig.savefig(folder / "layer_errors.png", dpi=120)
+    return sum(r["mean"] for r in table) / len(table)

@@ -82,7 +82,7 @@ def least_squares(X, Y):
 
 def merged(r):
     r.model.prepare_merge(r.clients(0))
-    return {k: r.model._own_lin.start()[k] + t for k, t in r.model.chain.items()}
+    return {k: r.model._own_lin.start()[k] + t for k, t in r.model.solved.items()}
 
 
 def close(a, b):

@@ -157,6 +157,27 @@ def test_same_classes_again_add_up(rig):
     torch.testing.assert_close(W, torch.linalg.solve(H.T @ H + 3 * torch.eye(40), H.T @ Y))
 
 
+def test_rounding_in_the_sum_over_tasks_raises_the_ridge(rig):
+    """A sum that has lost a little of its definiteness: the next ridge that works, said, unless one was given."""
+    H, Y = torch.randn(30, 40, dtype=torch.float64), F.one_hot(torch.arange(30) % 10, 10).double()
+    part = {"gram.fit": pack_triu(H.T @ H), "cross.fit": H.T @ Y}
+    v = F.normalize(torch.linalg.svd(H).Vh[-1], dim=0)  # seen by no sample
+    lost = pack_triu(-5.0 * torch.outer(v, v))
+    for ridge, outcome in (("", None), ("--ridge 3", RunError)):
+        r = in_double(rig(f"{PLAIN} {ridge}"))
+        r.model._n_past_classes, r.model._n_seen_classes = 0, 10
+        known = {"gram": lost, "cross": torch.zeros(40, 10, dtype=torch.float64)}
+        reply = Message(part, n_rest=0, n_samples=30)
+        if outcome:
+            with pytest.raises(outcome, match="raise --ridge"):
+                r.model.solve(reply, known)
+            continue
+        with pytest.warns(UserWarning, match="lambda is 10"):
+            _, _, W = r.model.solve(reply, known)
+        G = H.T @ H - 5 * torch.outer(v, v) + 10 * torch.eye(40)
+        torch.testing.assert_close(W, torch.linalg.solve(G, H.T @ Y))
+
+
 def test_wrong_settings(rig):
     with pytest.raises(UserError, match="--petl none"):
         rig("--model ranpac --fl", rig.MLP)
