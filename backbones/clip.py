@@ -2,7 +2,8 @@
 
 Features are the projected class token, as ``CLIPModel.get_image_features`` gives them. A classifier of text is made
 where the data set names its classes (``prompts``): for each class the mean over templates of what the text encoder
-says, of length one. It is computed when the network is built, and the text encoder is dropped then.
+says, of length one. It is computed when the network is built, and the text encoder is dropped then; for the classes of
+another data set it is read once more.
 
     --clip_backbone ViT-B/32, ViT-B/16, ViT-L/14    OpenAI's weights, from the hub, or its cache
                     <folder>                        what ``save_pretrained`` wrote, or a clone of a hub's repository
@@ -39,10 +40,14 @@ class CLIP(Backbone):
     Attributes:
         logit_scale: logarithm of the temperature that CLIP was trained with, about log 100.
         text_rows: (N_CLASSES, d), of length one, what the text encoder says of the classes; None without names.
+        source: folder or name on the hub that weights came from; None for random ones.
     """
 
-    def __init__(self, model: nn.Module, num_classes: int, text_rows: torch.Tensor | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, num_classes: int, text_rows: torch.Tensor | None = None, source: str | None = None
+    ) -> None:
         super().__init__()
+        self.source = source
         self.vision_model, self.visual_projection = model.vision_model, model.visual_projection
         self.image_size = model.config.vision_config.image_size
         self.register_buffer("logit_scale", model.logit_scale.detach().clone(), persistent=False)
@@ -52,6 +57,24 @@ class CLIP(Backbone):
     def _features(self, x: torch.Tensor) -> torch.Tensor:
         x = fit_size(fit_channels(x, 3), (self.image_size, self.image_size))
         return self.visual_projection(self.vision_model(pixel_values=x).pooler_output)
+
+    def rows_of(self, dataset: Any) -> torch.Tensor | None:
+        """(N_CLASSES, d), what the text encoder says of another data set's classes; None if one of them has no text."""
+        if self.source is None or not hasattr(dataset, "prompts"):
+            return None
+        return text_rows(_model(self.source).eval(), _tokenizer(self.source), dataset.prompts())
+
+
+def _model(where: str) -> nn.Module:
+    from transformers import CLIPModel
+
+    return CLIPModel.from_pretrained(where, local_files_only=offline())
+
+
+def _tokenizer(where: str):
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(where, local_files_only=offline())
 
 
 @torch.no_grad()
@@ -107,7 +130,7 @@ def build(args: argparse.Namespace, dataset: Any) -> CLIP:
         UserError: unknown name, or weights that cannot be had.
     """
     try:
-        from transformers import CLIPModel, CLIPTokenizer
+        from transformers import CLIPModel
     except ImportError as e:
         raise UserError(f"--backbone clip needs transformers ({e}): pip install -r requirements.txt") from e
     name, pretrained = getattr(args, "clip_backbone", None) or "ViT-B/16", bool(getattr(args, "pretrained", 1))
@@ -123,16 +146,13 @@ def build(args: argparse.Namespace, dataset: Any) -> CLIP:
         return CLIP(CLIPModel(_config(name)), dataset.N_CLASSES)
     where = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else HUB.get(name, name)
     try:
-        model = CLIPModel.from_pretrained(where, local_files_only=offline())
-        prompts = dataset.prompts() if hasattr(dataset, "prompts") else None
-        rows = None
-        if prompts:
-            tokenizer = CLIPTokenizer.from_pretrained(where, local_files_only=offline())
-            rows = text_rows(model.eval(), tokenizer, prompts)
+        model, rows = _model(where), None
+        if hasattr(dataset, "prompts"):
+            rows = text_rows(model.eval(), _tokenizer(where), dataset.prompts())
     except Exception as err:  # network, hub, disk and format: each has classes of its own
         raise UserError(
             f"cannot load CLIP from {where!r} ({type(err).__name__}: {' '.join(str(err).split())[:120]}): get the "
             f"files of huggingface.co/{HUB.get(name, name)} (config.json, model.safetensors, vocab.json, merges.txt, "
             "tokenizer_config.json) into a folder and pass it with --clip_backbone FOLDER"
         ) from err
-    return CLIP(model.train(), dataset.N_CLASSES, rows)
+    return CLIP(model.train(), dataset.N_CLASSES, rows, where)

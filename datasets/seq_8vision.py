@@ -11,27 +11,20 @@ Testing_01.txt) is there. DTD's training and validation parts are trained on.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
 import torchvision.datasets as tv
 import yaml
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset
 from torchvision.transforms.v2 import functional as TF
 
-from datasets.utils import seeded, stratified_split
 from datasets.utils.cifar import CLIP
-from datasets.utils.continual_dataset import ContinualDataset
+from datasets.utils.mapped import MappedDataset, Part, divided, found
 from datasets.utils.shipped import DATA_DIR
-from datasets.utils.stacked import Stacked, mapped_images
 from datasets.utils.torchvision_arrays import torchvision_arrays
 from datasets.utils.transforms import BICUBIC, RandomResizedCrop
-from utils.errors import RunError, UserError
 
 TASKS = ("cars", "dtd", "eurosat", "gtsrb", "mnist", "resisc45", "sun397", "svhn")
 CLASSES = (196, 47, 10, 43, 10, 45, 397, 10)
@@ -64,36 +57,23 @@ class Files(Sequence):
             return image.convert("RGB"), label
 
 
-def _divided(samples, labels, share: float, train: bool, name: str) -> Subset:
-    """The fixed training or test part of a data set without one."""
-    return Subset(samples, stratified_split(np.asarray(labels), share, seeded(0, name))[0 if train else 1])
-
-
-def _found(reader, root, **kwargs):
-    """torchvision's data set from its files, or else downloaded."""
-    try:
-        return reader(root, download=False, **kwargs)
-    except Exception:  # not there, not whole: the download says more
-        return reader(root, download=True, **kwargs)
-
-
 def _cars(root: Path, train: bool):
     data = tv.StanfordCars(root, split="train" if train else "test")
     return data, data.classes
 
 
 def _dtd(root: Path, train: bool):
-    splits = [_found(tv.DTD, root, split=s) for s in (("train", "val") if train else ("test",))]
+    splits = [found(tv.DTD, root, split=s) for s in (("train", "val") if train else ("test",))]
     return ConcatDataset(splits), splits[0].classes
 
 
 def _eurosat(root: Path, train: bool):
-    data = _found(tv.EuroSAT, root)
-    return _divided(data, data.targets, 0.1, train, "eurosat"), data.classes
+    data = found(tv.EuroSAT, root)
+    return divided(data, data.targets, 0.1, train, "eurosat"), data.classes
 
 
 def _gtsrb(root: Path, train: bool):
-    return _found(tv.GTSRB, root, split="train" if train else "test"), [str(c) for c in range(43)]
+    return found(tv.GTSRB, root, split="train" if train else "test"), [str(c) for c in range(43)]
 
 
 def _mnist(root: Path, train: bool):
@@ -103,33 +83,37 @@ def _mnist(root: Path, train: bool):
 
 def _resisc45(root: Path, train: bool):
     data = tv.ImageFolder(root / "NWPU-RESISC45")
-    return _divided(data, data.targets, 0.2, train, "resisc45"), data.classes
+    return divided(data, data.targets, 0.2, train, "resisc45"), data.classes
 
 
 def _sun397(root: Path, train: bool):
-    data = _found(tv.SUN397, root)
+    data = found(tv.SUN397, root)
     lists = root / "SUN397" / "Partitions" / ("Training_01.txt" if train else "Testing_01.txt")
     names = [c.replace("/", " ") for c in data.classes]
     if not lists.exists():
         order = sorted(range(len(data)), key=lambda i: str(data._image_files[i]))  # the system lists files in any order
         labels = [data._labels[i] for i in order]
-        return _divided(Subset(data, order), labels, 0.5, train, "sun397"), names
+        return divided(Subset(data, order), labels, 0.5, train, "sun397"), names
     paths = [line.strip() for line in lists.read_text().splitlines() if line.strip()]
     files = [(str(root / "SUN397" / p.lstrip("/")), data.class_to_idx["/".join(Path(p).parts[2:-1])]) for p in paths]
     return Files(files), names
 
 
 def _svhn(root: Path, train: bool):
-    return _found(tv.SVHN, root, split="train" if train else "test"), [str(c) for c in range(10)]
+    return found(tv.SVHN, root, split="train" if train else "test"), [str(c) for c in range(10)]
 
 
-READERS: dict[str, Callable] = {name: globals()[f"_{name}"] for name in TASKS}
+PARTS = [
+    Part(name, globals()[f"_{name}"], classes, HOW[name], STORED.get(name)) for name, classes in zip(TASKS, CLASSES)
+]
 
 
-class Sequential8Vision(ContinualDataset):
+class Sequential8Vision(MappedDataset):
     """One data set after another; labels are those of all before plus its own."""
 
     NAME = "seq-8vision"
+    PARTS = PARTS
+    FOLDER = "8vision"
     N_TASKS = 8
     N_CLASSES_PER_TASK = list(CLASSES)
     SIZE = (224, 224)
@@ -137,40 +121,6 @@ class Sequential8Vision(ContinualDataset):
     TRAIN_AUGMENT = [RandomResizedCrop(224, scale=(0.9, 1.0), interpolation=BICUBIC)]  # open_clip's; no mirrored digits
     DEFAULTS = {"backbone": "clip", "n_epochs": 10, "batch_size": 128}
     FED_DEFAULTS = {"n_epochs": 2, "num_comm_rounds": 5, "num_clients": 10, "distribution_alpha": 0.5}
-
-    def _root(self) -> Path:
-        return Path(self._arg("base_path", "./data/"))
-
-    def _part(self, name: str, train: bool):
-        root, part = self._root(), "train" if train else "test"
-        try:
-            read = functools.partial(READERS[name], root, train)
-            found = mapped_images(root / "8vision" / name, part, STORED.get(name, 224), read)
-            wanted = CLASSES[TASKS.index(name)]
-            if len(found[2]) != wanted:
-                raise ValueError(f"{len(found[2])} classes instead of {wanted}")
-            return found
-        except (UserError, RunError):
-            raise
-        except Exception as e:
-            reason = (" ".join(str(e).split()) or type(e).__name__)[:150]
-            raise UserError(
-                f"{self.NAME}: {name} cannot be read or downloaded ({reason}): {HOW[name].format(root.absolute())}"
-            ) from e
-
-    @functools.cached_property
-    def _parts(self) -> dict:
-        return {(name, train): self._part(name, train) for name in TASKS for train in (True, False)}
-
-    def _cached(self, train: bool) -> tuple[Stacked, Tensor]:
-        parts = [self._parts[name, train] for name in TASKS]
-        starts = np.cumsum([0, *CLASSES])
-        labels = [torch.from_numpy(y) + int(s) for (_, y, _), s in zip(parts, starts)]
-        return Stacked([x for x, _, _ in parts], self.SIZE[0]), torch.cat(labels)
-
-    def arrays(self) -> dict:
-        """Nothing: every process maps the files."""
-        return {}
 
     def get_task_epochs(self, task: int) -> int | None:
         """Epochs of a task by the benchmark's authors."""
@@ -182,7 +132,7 @@ class Sequential8Vision(ContinualDataset):
         out = []
         for name in TASKS:
             about = known[name]
-            for c in self._parts[name, True][2]:
+            for c in self.class_names(name):
                 said = about.get("names", {}).get(c, c.replace("_", " "))
                 out.append([t.format(said) for t in about["templates"]])
-        return out if self.class_order is None else [out[old] for old in np.argsort(self.class_order)]
+        return self.in_class_order(out)

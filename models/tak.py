@@ -8,7 +8,9 @@ other tasks fit in the room of one (eq. 8, the default; ``--fisher_ideal 1`` is 
 else: eq. 8 weighs the Kronecker blocks T - 1 times as much).
 
 ``--tak_refs all`` is the paper's setting, in which factors of later tasks are exchanged beforehand; ``past`` takes
-those of tasks before, as in sequential learning. ``--curvature diag`` is the baseline with the exact diagonal of G.
+those of tasks before, as in sequential learning. ``--control_refs 1`` adds the curvature of the control data set, which
+the server has; for negation the paper's references are ImageNet's, alone or with the tasks' (it does not say which:
+``--tak_refs none`` leaves them out). ``--curvature diag`` is the baseline with the exact diagonal of G.
 With ``--regime attention`` or ``full`` the same penalty is put on the network itself, where it is not exact. Under --fl
 each client sends the factors of its own images, which add up; second moments of activations do leave the client.
 
@@ -33,7 +35,10 @@ from federated.message import Message
 from models.task_arithmetic import TaskArithmetic, group_of
 from models.utils import kfac
 from models.utils.kfac import Curvature, Diagonal, Layout, References, packed, unpacked
+from models.utils.task_vectors import control_dataset
 from utils.args import flag01, number
+from utils.conf import make_generator
+from utils.errors import UserError
 
 
 class Tak(TaskArithmetic):
@@ -49,10 +54,11 @@ class Tak(TaskArithmetic):
         add("--curvature", choices=("kfac", "diag"), default="kfac", help="Kronecker factors, or the diagonal alone")
         add(
             "--tak_refs",
-            choices=("all", "past"),
+            choices=("all", "past", "none"),
             default="all",
             help="whose curvature: every other task's, or that of tasks before",
         )
+        add("--control_refs", type=flag01, default=0, nargs="?", const=1, help="1: and that of the --control_dataset")
         add("--fisher_ideal", type=flag01, default=0, nargs="?", const=1, help="1: one term per task (eq. 7)")
         add("--fisher_norm_scaler", type=number(float, 0), default=10.0, help="scale of LayerNorms and class token")
         add("--fisher_ft_proj_scaler", type=number(float, 0), default=0.1, help="scale of CLIP's projection")
@@ -80,9 +86,13 @@ class Tak(TaskArithmetic):
 
     def __init__(self, backbone, loss, args, transform, dataset=None):
         super().__init__(backbone, loss, args, transform, dataset)
+        if args.control_refs and not args.control_dataset:
+            raise UserError("--control_refs 1 needs a --control_dataset")
+        if args.tak_refs == "none" and args.reg_lambda and not args.control_refs:
+            raise UserError("--tak_refs none leaves nothing to hold still: give --control_refs 1, or --reg_lambda 0")
         self._own_layout = Layout.of(backbone, self._own_lin.places, args.kfac_qkv) if args.reg_lambda else None
         self._own_seconds = 0.0  # spent on factors in this sitting
-        self.exchanged: list[int] = []  # tasks whose factors have been sent in this run
+        self.exchanged: list[int | str] = []  # tasks whose factors have been made in this run, and 'control'
 
     def scales(self) -> dict[str, float]:
         """{block or parameter: factor of its part of the penalty}."""
@@ -110,14 +120,16 @@ class Tak(TaskArithmetic):
     def terms(self, clients) -> list[tuple[float, Curvature | Diagonal]]:
         """(lambda_t, means) of the tasks that the current one must not move."""
         t, a = self.current_task, self.args
-        others = [s for s in range(self.n_tasks if a.tak_refs == "all" else t) if s != t]
+        tasks = {"all": range(self.n_tasks), "past": range(t), "none": ()}[a.tak_refs]
+        sources = [*tasks, *(["control"] if a.control_refs else [])]
+        others = [s for s in sources if s != t]
         if not others:
             return []
         if a.fisher_ideal:
             return kfac.each([self.factors(clients, s) for s in others])
-        # one sum over all tasks, from which the current one is taken out again
+        # one sum over all, from which the current task is taken out again
         total, known = getattr(self, "_own_total", (References(), set()))
-        for s in sorted({*others, t} if a.tak_refs == "all" else others):
+        for s in sources:
             if s not in known:
                 total.add(self.factors(clients, s))
                 known.add(s)
@@ -125,18 +137,28 @@ class Tak(TaskArithmetic):
         rest = total.without(self.factors(clients, t)) if t in known else total
         return [(1.0, rest.mean())]
 
-    def factors(self, clients, task: int) -> Curvature | Diagonal:
-        """The curvature of a task's images, from its file or from those who own them."""
+    def factors(self, clients, task: int | str) -> Curvature | Diagonal:
+        """The curvature of a task's images, or of the 'control' set's, from its file or from those who own them."""
         began, like = time.perf_counter(), self.zeros()
         file, belongs = self.file(task)
         if file.exists() and (self.args.fisher_cache or task in self.exchanged):
             return kfac.load(file, like, belongs)
-        total = clients.of_task(task).sum("curvature", Message({}))
+        owners = None if task == "control" else clients.of_task(task)
+        total = self.of_control() if owners is None else owners.sum("curvature", Message({}))
         found = unpacked(total.tensors(), like, int(total["n"]))
         kfac.save(file, found, belongs)
         self.exchanged.append(task)
         self._own_seconds += time.perf_counter() - began
         return found
+
+    def of_control(self) -> Message:
+        """That of the control data set's training images, but for those by which coefficients are chosen."""
+        control, rest, _ = control_dataset(self)
+        generator = make_generator(self.args.seed, "control")
+        rest = rest[torch.randperm(len(rest), generator=generator)[: self.images_of(len(rest)) or None].sort().values]
+        batches = control.loader(rest, 0, self.args.kfac_batch, False, device=self.device, split="train")
+        found = self.of_images((x for x, _ in batches), generator)
+        return Message(packed(found), n=found.n)
 
     def zeros(self) -> Curvature | Diagonal:
         """Nothing, in float32: what factors are computed in is wider, what is kept of them is not."""
@@ -144,8 +166,8 @@ class Tak(TaskArithmetic):
             return Diagonal(self._own_lin.zeros())
         return Curvature.zeros(self._own_layout, self.net, torch.float32)
 
-    def file(self, task: int) -> tuple[Path, dict[str, str]]:
-        """Where a task's factors are kept, and what they belong to."""
+    def file(self, task: int | str) -> tuple[Path, dict[str, str]]:
+        """Where a task's factors are kept, or the 'control' set's, and what they belong to."""
         a = self.args
         what = ("curvature", "kfac_mode", "kfac_qkv", "kfac_draws", "kfac_examples", "kfac_block", "lin_inner_norm")
         whose = ("seed", "alpha_share", "validation", "permute_classes", "fl")
@@ -157,7 +179,7 @@ class Tak(TaskArithmetic):
                 parameters=hashlib.blake2b(" ".join(self._own_lin.places).encode(), digest_size=8).hexdigest(),
                 **{k: getattr(a, k, None) for k in (*what, *whose)},
             )
-        belongs = {**self._own_belongs, "task": str(task)}
+        belongs = {**self._own_belongs, "task": f"control {a.control_dataset}" if task == "control" else str(task)}
         name = hashlib.blake2b(json.dumps(belongs, sort_keys=True).encode(), digest_size=8).hexdigest()
         folder = Path(a.fisher_cache or Path(a.results_path) / "fisher")
         return folder / f"{a.dataset}_task_{task}_{a.curvature}_{name}.safetensors", belongs
@@ -179,16 +201,22 @@ class Tak(TaskArithmetic):
 
     def curvature(self, message: Message, client) -> Message:
         """Sums over the client's images that it trains on, or some of them."""
-        a, n = self.args, len(self.kept(client)[0])
-        k = 0 if a.kfac_examples == 1 else max(1, round(a.kfac_examples * (n if a.kfac_examples < 1 else 1)))
-        client.indices = self.drawn(client, k)
-        images = (x for x, _ in client.stat_loader(batch_size=a.kfac_batch))
-        options = {"draws": a.kfac_draws, "generator": client.generator}
-        if a.curvature == "diag":
-            found = kfac.ggn_diagonal(self.net, self._own_layout, self.function, images, **options)
-        else:
-            found = kfac.curvature(self.net, self._own_layout, self.function, images, mode=a.kfac_mode, **options)
+        client.indices = self.drawn(client, self.images_of(len(self.kept(client)[0])))
+        batches = client.stat_loader(batch_size=self.args.kfac_batch)
+        found = self.of_images((x for x, _ in batches), client.generator)
         return Message(packed(found), n=found.n)
+
+    def images_of(self, n: int) -> int:
+        """How many of n images are used (``--kfac_examples``); 0: all."""
+        k = self.args.kfac_examples
+        return 0 if k == 1 else max(1, round(k * (n if k < 1 else 1)))
+
+    def of_images(self, batches, generator: torch.Generator) -> Curvature | Diagonal:
+        """The curvature of f at theta_0 over batches of images."""
+        a, options = self.args, {"draws": self.args.kfac_draws, "generator": generator}
+        if a.curvature == "diag":
+            return kfac.ggn_diagonal(self.net, self._own_layout, self.function, batches, **options)
+        return kfac.curvature(self.net, self._own_layout, self.function, batches, mode=a.kfac_mode, **options)
 
     def before_local(self, message, client) -> None:
         super().before_local(message, client)

@@ -17,10 +17,13 @@ ROWS=(
   "--model tak --kfac_draws 0 $MORE"
   "--model tak --curvature diag $MORE"
   "--model tau_jp $MORE"
+  "--model tak --control_refs 1 $REST"
+  "--model tak --control_refs 1 --tak_refs none $REST"
   "--model task_arithmetic --regime attention $REST"
   "--model tak --regime attention $REST"
 )
 MERGERS=(
+  "--model task_arithmetic --regime full"
   "--model task_arithmetic --regime full --merging mean"
   "--model task_arithmetic --regime full --merging ties"
   "--model task_arithmetic --regime full --merging dare"
@@ -28,6 +31,7 @@ MERGERS=(
   "--model task_arithmetic --regime full --merging iso_cts"
   "--model task_arithmetic --regime full --merging tsv_m"
   "--model task_arithmetic --regime full --merging wudi"
+  "--model fisher_merging"
   "--model com --model_config regmean"
   "--model com --model_config regmean++"
   "--model com"
@@ -46,9 +50,9 @@ run_all "$jobs"
 for seed in ${SEEDS:-0 1 2}; do  # the mergers get the experts of the last row
   experts=$(ls -t "$OUT/$DATASET"/task_arithmetic/*-s"$seed"-*/task_vectors.safetensors | head -1)
   for row in "${MERGERS[@]}"; do
-    echo "$PYTHON main.py $row --merge_from $experts --dataset $DATASET --seed $seed $COMMON --results_path $OUT/mergers"
+    echo "$PYTHON main.py $row --merge_from $experts --layer_errors --dataset $DATASET --seed $seed $COMMON --results_path $OUT/mergers"
   done
 done >"$jobs"
 run_all "$jobs"
 $PYTHON -m utils.compare "$OUT" --sort absolute_acc --format "${FORMAT:-table}" --metric \
-  absolute_acc,normalized_acc,absolute_acc_best,best_alpha,negation_target,negation_control,localisation_auroc,train_cpu_seconds
+  absolute_acc,normalized_acc,absolute_acc_best,best_alpha,negation_target,negation_control,localisation_auroc,layer_error,train_cpu_seconds

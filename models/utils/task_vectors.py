@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from backbones.utils import peft_files
 from datasets import get_dataset
 from datasets.utils import seeded, stratified_split
+from datasets.utils.continual_dataset import ContinualDataset
 from models.utils.merging import dare, iso_c, iso_cts, ties_merge, tsv_m, weighted_mean, wudi
 from utils.conf import make_generator
 from utils.errors import UserError
@@ -237,6 +238,14 @@ def _plot_alpha(rows: list[dict], file: Path) -> None:
 # ---------------------------------------------------------------- negation
 
 
+def control_dataset(method) -> tuple[ContinualDataset, Tensor, Tensor]:
+    """``--control_dataset``, and its training samples in two parts: nine tenths, and those that choose coefficients."""
+    args = {k: v for k, v in vars(method.args).items() if k not in ("n_epochs", "validation", "joint")}
+    control = get_dataset(Namespace(**{**args, "dataset": method.args.control_dataset, "joint": 0})).to(method.device)
+    parts = stratified_split(control.train_labels.cpu().numpy(), 0.1, seeded(method.args.seed, "control"))
+    return control, *map(torch.from_numpy, parts)
+
+
 @torch.no_grad()
 def negation(method, dataset) -> dict[str, float]:
     """f(x, theta_0 - alpha tau_t) for each task: the lowest target accuracy that leaves 95 % of the control's.
@@ -245,12 +254,12 @@ def negation(method, dataset) -> dict[str, float]:
     are both test sets (arXiv 2212.04089, sec. 3). Returns means over tasks: ``negation_target``, ``negation_control``,
     ``control_zero_shot``, and ``negation_alpha``.
     """
-    args = {k: v for k, v in vars(method.args).items() if k not in ("n_epochs", "validation", "joint")}
-    control = get_dataset(Namespace(**{**args, "dataset": method.args.control_dataset, "joint": 0})).to(method.device)
-    everything = torch.arange(len(control.train_labels))
-    rest, chosen = stratified_split(control.train_labels.cpu().numpy(), 0.1, seeded(method.args.seed, "control"))
-    batches = control.loader(everything[rest], 0, 256, False, device=method.device, split="train")
-    rows, mine = F.normalize(method.sums_of_classes(batches, control.N_CLASSES), dim=1), method.rows
+    control, rest, chosen = control_dataset(method)
+    text, mine = getattr(method.net, "rows_of", None), method.rows
+    rows = text(control) if text else None
+    if rows is None:
+        batches = control.loader(rest, 0, 256, False, device=method.device, split="train")
+        rows = F.normalize(method.sums_of_classes(batches, control.N_CLASSES), dim=1)
     grid = method.negative_coefficients()  # the first is 0
 
     def control_right(tau, batches) -> Tensor:
@@ -267,7 +276,7 @@ def negation(method, dataset) -> dict[str, float]:
 
     targets, controls, alphas, zero = [], [], [], 0.0
     for t, tau in enumerate(method.taus):
-        validation = control.loader(everything[chosen], 0, 256, False, device=method.device, split="train")
+        validation = control.loader(chosen, 0, 256, False, device=method.device, split="train")
         kept = control_right(tau, validation)
         allowed = kept >= KEPT * kept[0]
         best = int(torch.where(allowed, method.negated[t][:-2].cpu(), torch.inf).argmin())

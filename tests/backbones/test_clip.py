@@ -75,6 +75,11 @@ def test_text_head_is_the_mean_over_templates(folder):
                 said.append(F.normalize(getattr(e, "pooler_output", e), dim=1))
             want.append(F.normalize(torch.cat(said).mean(0), dim=0))
     torch.testing.assert_close(net.text_rows, torch.stack(want), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        get_backbone(Namespace(backbone="clip", clip_backbone=str(folder)), Data()).rows_of(Named()), net.text_rows
+    )
+    assert net.rows_of(Data()) is None
+    assert get_backbone(Namespace(backbone="clip", clip_backbone="tiny"), Data()).rows_of(Named()) is None
     assert not any(n.startswith("text") for n, _ in net.named_parameters())
     assert not any("text" in n for n in net.state_dict())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 from argparse import Namespace
 
@@ -13,7 +14,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
 from datasets import get_dataset
-from datasets.seq_8vision import CLASSES, TASKS
+from datasets.seq_8vision import CLASSES, TASKS, Sequential8Vision
 from datasets.utils.stacked import Stacked, square
 from datasets.utils.transforms import BICUBIC
 from utils.errors import UserError
@@ -148,8 +149,8 @@ def test_eight_data_sets(files):
 
 def test_the_division_is_the_same_in_every_run_and_the_second_start_maps_files(files, monkeypatch):
     first = make(files, seed=0)
-    nobody = lambda *args: pytest.fail("read again")  # noqa: E731
-    monkeypatch.setattr("datasets.seq_8vision.READERS", dict.fromkeys(TASKS, nobody))
+    nobody = [dataclasses.replace(p, read=lambda *args: pytest.fail("read again")) for p in Sequential8Vision.PARTS]
+    monkeypatch.setattr(Sequential8Vision, "PARTS", nobody)
     again = make(files, seed=5)
     for part in ("train_labels", "eval_labels"):
         assert torch.equal(getattr(first, part), getattr(again, part))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from models.task_arithmetic import group_of
 from models.utils import kfac
-from models.utils.task_vectors import best_coefficient, combined, merge
+from models.utils.task_vectors import best_coefficient, combined, control_dataset, merge
 from tests.helpers import only_folder, rows, run
 from utils.errors import UserError
 
@@ -141,6 +141,37 @@ def test_references(make):
     begin(ideal, 1)
     terms = ideal.model.terms(ideal.clients(1))
     assert len(terms) == 4 and sum(s for s, _ in terms) == pytest.approx(1)
+
+
+def test_the_control_set_is_one_more_reference(make, tmp_path):
+    """Alone with --tak_refs none; with the others its images count like theirs; read again from a shared folder."""
+    flags = "--model tak --kfac_draws 0 --control_refs --control_dataset seq-glyphs --kfac_examples 5"
+    alone = make(f"{flags} --tak_refs none --fisher_cache {tmp_path}")
+    begin(alone, 1)
+    ((_, got),) = alone.model.terms(alone.clients(1))
+    model = alone.model
+    control, rest, chosen = control_dataset(model)
+    assert len({*rest.tolist(), *chosen.tolist()}) == len(control.train_labels) and len(rest) > 8 * len(chosen)
+    own = model.factors(alone.clients(1), "control")
+    used = []
+    plain = type(control).loader
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(type(control), "loader", lambda self, i, *a, **k: used.append(i) or plain(self, i, *a, **k))
+        model.of_control()
+    assert len(used[0]) == 5 and set(used[0].tolist()) <= set(rest.tolist())
+    x = next(iter(plain(control, used[0], 0, 5, False, split="train")))[0]
+    want = kfac.curvature(model.net, model._own_layout, model.function, [x], 0)
+    for n, t in own.tensors().items():
+        torch.testing.assert_close(t, want.tensors()[n].to(t), rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(got.tensors()[n], t / 5, rtol=1e-4, atol=1e-6)
+    again = make(f"{flags} --tak_refs none --fisher_cache {tmp_path}").begin(0)
+    again.model.of_control = lambda: pytest.fail("computed again")
+    assert again.model.factors(again.clients(0), "control").n == 5
+    both = make(f"{flags} --tak_refs past --fisher_cache {tmp_path}")
+    begin(both, 1)
+    block = model._own_layout.blocks[0].name
+    ((_, sums),) = both.model.terms(both.clients(1))
+    torch.testing.assert_close(sums.B[block], own.B[block] / 5 + sum_of(both, 0, block), rtol=1e-4, atol=1e-6)
 
 
 def sum_of(r, task, block):
@@ -341,6 +372,8 @@ def test_mistakes(make, tmp_path):
     for flags, said in (
         ("--model task_arithmetic --control_dataset seq-digit", "seq-digits"),
         ("--model task_arithmetic --control_dataset seq-digits --alpha_share 0", "give --alpha_share above 0"),
+        ("--model tak --control_refs", "needs a --control_dataset"),
+        ("--model tak --tak_refs none", "leaves nothing to hold still"),
         ("--model tak --ft_conv 1", "no curvature for patch_embed"),
         ("--model task_arithmetic --alpha_grid 1 0 0.1", "give first, last and step"),
         ("--model task_arithmetic --disentanglement 0 9", "pairs of tasks between 0 and 4"),
