@@ -28,8 +28,13 @@ def build_method(args, dataset, net):
     from utils.conf import set_random_seed
 
     cls = get_model_class(args.model)
+    cls = federate(cls) if args.fl else cls
+    if getattr(args, "unlearn", None) not in (None, "own"):
+        from unlearning import unlearning
+
+        cls = unlearning(cls, args.unlearn)
     set_random_seed(args.seed, "model")
-    return construct(federate(cls) if args.fl else cls, net, dataset.get_loss(), args, dataset.get_transform(), dataset)
+    return construct(cls, net, dataset.get_loss(), args, dataset.get_transform(), dataset)
 
 
 def build(args):
@@ -95,7 +100,7 @@ def run(args) -> int:
     if finished:
         print(f"already finished: {folder}")
         print_run_table(folder)
-        return 0
+        return forget(args, Run(folder, args)) if args.unlearn_client else 0
     checkpoint = checkpoints.read(file) if file else None
     if checkpoint is not None:
         check_identity(checkpoint[0], args)  # before anything is written to a folder that may be another run's
@@ -132,7 +137,24 @@ def run(args) -> int:
     if status != "interrupted":
         print_run_table(record.path)
         print(f"files: {record.path}")
+    if status == "finished" and args.unlearn_client:
+        return forget(args, Run(record.path, args))
     return 130 if status == "interrupted" else 0
+
+
+def forget(args, record) -> int:
+    """What clients ask for once a run is there (``--unlearn_client``). Returns the exit code."""
+    from federated.unlearning import forget_clients
+    from utils.training import Interrupted
+
+    try:
+        forget_clients(args, record)
+    except Interrupted:
+        record.say(f"stopped by Ctrl-C; go on with: {args.command} --loadcheck {record.path}")
+        return 130
+    finally:
+        record.close()
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -89,6 +89,7 @@ class Clients:
     Args:
         ids: their numbers.
         engine: where the client code runs. ledger: counts the bytes. task, round_: for seeds and the ledger.
+        watch: sees the name and the replies of every call.
     """
 
     def __init__(
@@ -99,21 +100,32 @@ class Clients:
         task: int,
         round_: int = -1,
         progress=None,
+        watch=None,
     ) -> None:
         self.ids = sorted(ids)
         self._engine, self._ledger, self._task, self._round, self._progress = engine, ledger, task, round_, progress
+        self._watch = watch
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def only(self, ids: Iterable[int]) -> Clients:
         """Those of the clients that are in ``ids``."""
-        return Clients(set(ids) & set(self.ids), self._engine, self._ledger, self._task, self._round, self._progress)
+        return self._group(set(ids) & set(self.ids), self._task)
 
     def of_task(self, task: int) -> Clients:
         """All clients that own samples of another task, for a method whose workers can be brought to any task."""
         ids = [i for i, n in enumerate(self._engine.partition.sizes(task)) if n > 0]
-        return Clients(ids, self._engine, self._ledger, task, self._round, self._progress)
+        return self._group(ids, task)
+
+    def at(self, round_: int) -> Clients:
+        """The same clients in a round, whose number seeds their draws."""
+        group = self._group(self.ids, self._task)
+        group._round = round_
+        return group
+
+    def _group(self, ids: Iterable[int], task: int) -> Clients:
+        return Clients(ids, self._engine, self._ledger, task, self._round, self._progress, self._watch)
 
     def _watched(self, done: Iterator, total: int, call: str) -> Iterator:
         return done if self._progress is None else self._progress(done, total, call)
@@ -138,6 +150,8 @@ class Clients:
             self._ledger.add(self._task, self._round, client, call, reply.nbytes, down)
             replies.append(reply)
         set_random_seed(server)
+        if self._watch is not None:
+            self._watch(call, replies)
         if self.ids and not replies:
             raise RunError(f"no client is left {self._where(call)}")
         return replies

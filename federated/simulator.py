@@ -9,6 +9,7 @@ import torch
 
 from federated.clients import Clients, Ledger
 from federated.engines import make_engine
+from federated.unlearning import request_point
 from utils.conf import make_generator, set_random_seed
 from utils.loggers import Table
 from utils.training import Session
@@ -21,6 +22,21 @@ def participants(args, ids: list[int], task: int, round_: int) -> list[int]:
         return list(ids)
     order = torch.randperm(len(ids), generator=make_generator(args.seed, "participants", task, round_))
     return sorted(ids[i] for i in order[:k].tolist())
+
+
+def recorder(server, history: dict, when: tuple[int, int]) -> Callable:
+    """Keeps a round in ``history``: what was sent to be trained, what each client made of it, and its weight."""
+    start = {n: p.detach().cpu().clone() for n, p in server.trainable().items()}
+
+    def watch(call: str, replies: list) -> None:
+        if call == "local_update":
+            history[when] = {
+                "start": start,
+                "updates": {r.client: {n: r[n].cpu() - t for n, t in start.items() if n in r} for r in replies},
+                "weights": dict(zip([r.client for r in replies], server.client_weights(replies))),
+            }
+
+    return watch
 
 
 class Untouched(dict):
@@ -36,6 +52,9 @@ class Untouched(dict):
 
 def simulate(session: Session, worker, partition, checkpoint=None) -> None:
     """Run a federated experiment.
+
+    With ``--unlearn_client`` the state at the moment of the request is kept, from which clients are forgotten
+    (federated/unlearning.py); the run itself goes on with all.
 
     Args:
         session: the run; its model is the server. worker: the method's instance on the client side, over the same
@@ -53,21 +72,25 @@ def simulate(session: Session, worker, partition, checkpoint=None) -> None:
     )
     session.measure_random()
     with closing(make_engine(worker, partition, states, session.args, session.run.say)) as engine:
-        _tasks(session, engine, ledger, partition)
+        tasks(session, engine, ledger, partition)
 
 
-def _tasks(session: Session, engine, ledger: Ledger, partition) -> None:
+def tasks(session: Session, engine, ledger: Ledger, partition) -> None:
     """The loop over tasks and rounds, from the session's cursor on."""
     args, dataset, server, run = session.args, session.dataset, session.model, session.run
     traffic = Table(run.path / "traffic.csv", ledger.rows)
+    history = session.restored.get("history") or ({} if args.unlearn_history else None)
+    if history is not None:
+        session.parts["history"] = lambda: history
+    request = request_point(args, dataset.n_train_tasks) if args.unlearn_client else None
 
-    def group(ids, round_: int = -1) -> Clients:
+    def group(ids, round_: int = -1, watch=None) -> Clients:
         def progress(replies, total, call):
             return session.bar(
                 replies, total, f"task {task + 1} " + (call if round_ < 0 else f"round {round_ + 1} {call}")
             )
 
-        return Clients(ids, engine, ledger, task, round_, progress)
+        return Clients(ids, engine, ledger, task, round_, progress, watch)
 
     # steps of a task: 0 before the rounds, 1 + r round r, then what comes after the rounds
     for task in range(session.cursor["task"], session.last_task):
@@ -79,6 +102,8 @@ def _tasks(session: Session, engine, ledger: Ledger, partition) -> None:
         def done(step: int, task=task) -> None:
             session.cursor = {"task": task, "step": step}
             traffic.update()
+            if (task, step - 1) == request:
+                session.save(run.request)
             session.boundary("round")
 
         if session.cursor["step"] == 0:
@@ -90,7 +115,8 @@ def _tasks(session: Session, engine, ledger: Ledger, partition) -> None:
         for r in range(session.cursor["step"] - 1, args.num_comm_rounds):
             with session.training():
                 set_random_seed(args.seed, "server", task, "round", r)
-                server.round(group(participants(args, ids, task, r), r), r)
+                watch = recorder(server, history, (task, r)) if history is not None else None
+                server.round(group(participants(args, ids, task, r), r, watch), r)
                 loss = server.last_loss
             if args.eval_every and (r + 1) % args.eval_every == 0 and r + 1 < args.num_comm_rounds:
                 row = session.measure(task, r, {"loss": loss, **server.report(), **session.traffic()})

@@ -169,6 +169,7 @@ class TaskArithmetic(FederatedModel):
         self.tau = nn.ParameterList([nn.Parameter(t) for t in self._own_lin.zeros().values()])
         self.taus: list[dict[str, Tensor]] = []  # tau_t of the tasks learnt
         self.rows: Tensor | None = None  # W (N_CLASSES, d)
+        self.class_totals: dict[int, tuple[Tensor, Tensor]] = {}  # task -> what rows are made of, without text
         self.held_out: dict[int, Tensor] = {}  # task -> what count_right says of the merged vector and tau_t
         self._own_given = read_task_vectors(args.merge_from, self) if args.merge_from else None
         self.negated: dict[int, Tensor] = {}  # the same at theta_0 - alpha tau_t, with --control_dataset
@@ -250,8 +251,15 @@ class TaskArithmetic(FederatedModel):
         if said is not None:
             self.rows = said
         else:
-            sums = clients.sum("class_sums", Message({}))["sums"]
-            self.rows[self.n_past_classes : self.n_seen_classes] = F.normalize(sums.to(self.device), dim=1)
+            total = clients.sum("class_sums", Message({}))
+            self.class_totals[self.current_task] = (total["sums"].to(self.device), total["counts"].to(self.device))
+            self.write_rows(self.current_task)
+
+    def write_rows(self, task: int) -> None:
+        """Rows of a task's classes from the sums over images: the mean's direction, 0 for a class that nobody has."""
+        sums, counts = self.class_totals[task]
+        lo, hi = self.get_offsets(task)
+        self.rows[lo:hi] = F.normalize(sums, dim=1) * (counts > 0)[:, None].to(sums)
 
     def round(self, clients, r: int) -> None:
         if self._own_given is None:
@@ -312,14 +320,17 @@ class TaskArithmetic(FederatedModel):
         return mine[order[: n or None].sort().values]
 
     def class_sums(self, message: Message, client) -> Message:
-        """What (some of) the client's images make of the classifier's rows for the task (C_t, d)."""
+        """What (some of) the client's images make of the classifier's rows for the task: 'sums' (C_t, d), and how many
+        there are of each class, 'counts' (C_t,)."""
         if self.args.head_shots:
             labels = self.dataset.labels_of(client.indices)
             of_class = [(labels == c).nonzero()[:, 0] for c in labels.unique()]
             some = [i[torch.randperm(len(i), generator=client.generator)[: self.args.head_shots]] for i in of_class]
             client.indices = client.indices[torch.cat(some).sort().values]
         batches = ((x, y - self.n_past_classes) for x, y in client.stat_loader())
-        return Message({"sums": self.sums_of_classes(batches, self.n_classes_current_task)})
+        labels = (self.dataset.labels_of(client.indices) - self.n_past_classes).cpu()
+        counts = torch.bincount(labels, minlength=self.n_classes_current_task)
+        return Message({"sums": self.sums_of_classes(batches, self.n_classes_current_task), "counts": counts})
 
     def sums_of_classes(self, batches, classes: int) -> Tensor:
         """Sum of f(x), of length one, over the images of each class (classes, d), under theta_0."""

@@ -22,6 +22,8 @@ from utils.errors import UserError, nearest
 from utils.registry import ROOT, find, normal, scan
 
 RAY_FLAGS = ("num_gpus", "workers", "ray_address", "allow_missing_clients")
+# of what happens to a trained model when clients ask to be forgotten
+UNLEARNING_FLAGS = ("unlearn", "unlearn_client", "unlearn_at", "recover_rounds", "eval_retrain", "retrain_seeds")
 FEDERATED_FLAGS = (
     "num_clients",
     "num_comm_rounds",
@@ -34,6 +36,9 @@ FEDERATED_FLAGS = (
     "engine",
     "clients_per_batch",
     *RAY_FLAGS,
+    "exclude_clients",
+    "unlearn_history",
+    *UNLEARNING_FLAGS,
 )
 
 
@@ -171,6 +176,42 @@ def add_general_args(parser: ArgumentParser) -> None:
         nargs="?",
         const=1,
         help="go on with a round without clients whose worker was lost again and again (ray)",
+    )
+    g = parser.add_argument_group("unlearning (with --fl)")
+    g.add_argument(
+        "--unlearn_client",
+        nargs="+",
+        default=None,
+        metavar="WHO",
+        help="clients that ask to be forgotten: 3 7 each in turn from the same model, 3+7 together, 3,7 one after the "
+        "other, all: every client in turn",
+    )
+    g.add_argument(
+        "--unlearn", default=None, help="how: own (the method's), " + ", ".join(scan("unlearning")) + "; default: own"
+    )
+    g.add_argument(
+        "--unlearn_at", default="end", help="when: end, or TASK:ROUND, counted from 1, after which training goes on"
+    )
+    g.add_argument(
+        "--unlearn_history",
+        type=flag01,
+        default=0,
+        nargs="?",
+        const=1,
+        help="1: the server keeps every client's updates, which some ways to unlearn need",
+    )
+    g.add_argument("--recover_rounds", type=count, default=0, help="rounds of the others after unlearning")
+    g.add_argument(
+        "--eval_retrain",
+        type=flag01,
+        default=0,
+        nargs="?",
+        const=1,
+        help="1: train without the clients from the start, once, and compare",
+    )
+    g.add_argument("--retrain_seeds", type=positive, default=1, help="so many times, for the noise between seeds")
+    g.add_argument(
+        "--exclude_clients", type=count, nargs="+", default=None, help="clients that take no part from the start"
     )
     g = parser.add_argument_group("run")
     g.add_argument(
@@ -395,6 +436,12 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
     cls = get_model_class(model)
     _method_parser(cls, parser)
+    unlearn, unlearner = _peek(argv, "--unlearn"), None
+    if unlearn not in (None, "own"):
+        from unlearning import get_unlearner_class
+
+        unlearner = get_unlearner_class(unlearn)
+        _method_parser(unlearner, parser)
     backbone = _peek(argv, "--backbone", "--network")
     if dataset is not None:
         dataset = find("datasets", dataset, "dataset")[0]
@@ -437,6 +484,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
             else f"cannot place the argument {first!r}: every value needs its flag"
         )
     args.model, args.dataset, args.backbone = model, dataset, backbone
+    args.unlearning_flags = _unlearning_flags(cls, unlearner)
     args.given = sorted(
         {parser._option_string_actions[o].dest for a in argv if (o := a.split("=")[0]) in parser._option_string_actions}
     )
@@ -449,6 +497,14 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     # is what names it.
     args.asked = dict(vars(args))
     return args
+
+
+def _unlearning_flags(cls: type, unlearner: type | None) -> list[str]:
+    """Settings that a trained model does not depend on: those of how clients are forgotten."""
+    own = HerdParser(add_help=False)
+    if unlearner is not None:
+        unlearner.get_parser(own)
+    return sorted({*UNLEARNING_FLAGS, *getattr(cls, "UNLEARNING_FLAGS", ()), *(a.dest for a in own._actions)})
 
 
 def _dests(parser: ArgumentParser) -> set[str]:
@@ -471,6 +527,10 @@ def _check(args: Namespace, cls: type, data_cls: type) -> None:
         useless = [f"--{f}" for f in FEDERATED_FLAGS if f in args.given]
         if useless:
             raise UserError(f"{', '.join(useless)} only make sense with --fl: add --fl or drop them")
+    if args.unlearn is not None or args.unlearn_client is not None:
+        from federated.unlearning import check
+
+        check(args, cls)
     needs = {"clients_per_batch": ("batched", "ray"), **dict.fromkeys(RAY_FLAGS, ("ray",))}
     for flag, engines in needs.items():
         if flag in args.given and args.engine not in engines:

@@ -46,13 +46,14 @@ NOT_IDENTITY = {
     "compile",
     "model_config",
     "dataset_config",
+    "unlearning_flags",
 }
 # evaluation settings change what is reported on the way, so they stay part of the identity
 
 
 def settings_of(args: Namespace) -> dict:
     """The resolved settings as plain data, in alphabetical order."""
-    return {k: v for k, v in sorted(vars(args).items()) if k not in ("given", "asked")}
+    return {k: v for k, v in sorted(vars(args).items()) if k not in ("given", "asked", "unlearning_flags")}
 
 
 def identity(args: Namespace, seed: bool = True) -> dict:
@@ -63,6 +64,7 @@ def identity(args: Namespace, seed: bool = True) -> dict:
 
         drop = drop | set(FEDERATED_FLAGS)
     asked = Namespace(**args.asked) if "asked" in args else args
+    drop = drop | set(getattr(args, "unlearning_flags", ()))
     return {k: v for k, v in settings_of(asked).items() if k not in drop}
 
 
@@ -204,6 +206,11 @@ class Run:
     @property
     def checkpoint(self) -> Path:
         return self.path / "checkpoint" / "last.safetensors"
+
+    @property
+    def request(self) -> Path:
+        """The state when clients asked to be forgotten."""
+        return self.path / "checkpoint" / "request.safetensors"
 
     # ---- writing
 

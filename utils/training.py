@@ -38,7 +38,8 @@ class Session:
         self.results = Results(dataset, args)
         self.cursor = {"task": 0, "step": 0}
         self.fresh_net, self.nets = fresh_net, [model.net]  # the networks in use; the simulator adds the worker's
-        self.baseline = checkpoints.baseline_of(model.net) if args.savecheck != "none" else {}
+        saves = args.savecheck != "none" or getattr(args, "unlearn_client", None)
+        self.baseline = checkpoints.baseline_of(model.net) if saves else {}
         self.interrupted = self.under_way = False
         # state beside the model: name -> function that gives its value for the checkpoint; values come back in restored
         self.parts: dict[str, Callable] = {}
@@ -46,8 +47,8 @@ class Session:
 
     # ---- checkpoints
 
-    def save(self) -> None:
-        """Write the checkpoint of this moment."""
+    def save(self, file=None) -> None:
+        """Write the checkpoint of this moment (``file``: elsewhere than usual)."""
         self.run.clock["total"] = self.run.seconds()
         self.run._started = time.perf_counter()
         plain = {
@@ -58,7 +59,7 @@ class Session:
             "clock": self.run.clock,
         }
         values = {"model": self.model, **{name: get() for name, get in self.parts.items()}}
-        checkpoints.write(self.run.checkpoint, plain, values, self.baseline, self.nets)
+        checkpoints.write(file or self.run.checkpoint, plain, values, self.baseline, self.nets)
 
     def resume(self, checkpoint, fresh: dict | None = None) -> None:
         """Take up a checkpoint: the model and the cursor at once, the other parts into ``restored``.

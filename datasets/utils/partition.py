@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from argparse import Namespace
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -155,7 +156,8 @@ class Partition:
 
         Args:
             args: ``num_clients``, ``partition_mode`` ('distribution'), ``distribution_alpha`` (the dataset's federated
-                default), ``class_quantity`` (1), and ``partition_seed``, or ``seed`` when that is None.
+                default), ``class_quantity`` (1), ``partition_seed``, or ``seed`` when that is None, and
+                ``exclude_clients``, who get no samples.
         """
 
         def arg(name: str, default):
@@ -176,7 +178,23 @@ class Partition:
                 seeded(seed, "partition", t),
             )
             tasks.append([indices[torch.from_numpy(p)] for p in parts])
-        return cls(tasks)
+        return cls(tasks).without(arg("exclude_clients", ()))
+
+    def without(self, clients: Iterable[int]) -> Partition:
+        """The same division, in which some clients have no samples.
+
+        Raises:
+            UserError: there is no such client, or a task would have no samples.
+        """
+        gone = set(clients)
+        odd = sorted(gone - set(range(self.n_clients)))
+        if odd:
+            raise UserError(f"there is no client {odd[0]}: they are 0 to {self.n_clients - 1}")
+        tasks = [[part[:0] if i in gone else part for i, part in enumerate(task)] for task in self.tasks]
+        for t, task in enumerate(tasks):
+            if not sum(map(len, task)):
+                raise UserError(f"without client {', '.join(map(str, sorted(gone)))} task {t + 1} has no samples left")
+        return Partition(tasks)
 
     @property
     def n_tasks(self) -> int:

@@ -138,6 +138,11 @@ class FederatedModel(ContinualModel):
         """The server's new values of the tensors ``current`` {name: value so far}: the weighted means."""
         return {name: weighted_mean([r[name] for r in replies], weights) for name in current}
 
+    def next_round(self) -> int:
+        """The number of one more round after those of a task, which seeds its draws (unlearning, recovery)."""
+        self._own_more_rounds = self.__dict__.get("_own_more_rounds", -1) + 1
+        return self.args.num_comm_rounds + self._own_more_rounds
+
     @property
     def last_loss(self) -> float | None:
         """Mean training loss of the last round, for the reader."""

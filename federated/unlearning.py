@@ -1,0 +1,456 @@
+"""Clients ask to be forgotten: train, request, unlearn, recover, evaluate.
+
+``--unlearn_client`` makes a run keep its state at the moment of the request (``--unlearn_at``). Once the run is over,
+each request starts from that state: the way to unlearn (``--unlearn``) acts, the others may train some rounds more
+(``--recover_rounds``), and the rest of the run, if there is any, happens without the clients that left. The outcome V
+is compared with the run itself (O) and, with ``--eval_retrain``, with the same command and --exclude_clients (R), which
+is an ordinary run with a folder of its own and is done once. Rows go to unlearning.csv in the run's folder.
+
+As settings of unlearning are no part of what names a run, ``--loadcheck auto`` makes the training happen once, whatever
+is tried on it afterwards. Rows that are there are not made again.
+"""
+
+from __future__ import annotations
+
+import copy
+import csv
+import hashlib
+import json
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from utils.args import UNLEARNING_FLAGS
+from utils.errors import UserError
+from utils.registry import scan
+from utils.unlearning_metrics import auc, distance, lira, log_odds, report, same_mix, tpr_at
+
+TRAINING = ("local_update", "for_epochs", "ascend", "distil_quiet")  # calls that count as rounds
+
+# ---------------------------------------------------------------- what is asked for
+
+
+def requests(args) -> list[list[list[int]]]:
+    """``--unlearn_client``: a list of requests, each a list of steps that follow on each other, each a set of clients.
+
+    ``3 7`` two requests; ``3+7`` one for both at once; ``3,7`` one for 3 and then, on what is left, for 7.
+
+    Raises:
+        UserError: nothing of the kind, or a client that there is not.
+    """
+    K, out = args.num_clients, []
+    for text in args.unlearn_client:
+        if text == "all":
+            out += [[[u]] for u in range(K)]
+            continue
+        try:
+            steps = [sorted({int(u) for u in step.split("+")}) for step in text.split(",")]
+        except ValueError:
+            raise UserError(
+                f"--unlearn_client {text!r}: give numbers of clients (3 7: each in turn, 3+7: together, 3,7: one after "
+                "the other), or all"
+            ) from None
+        everyone = [u for step in steps for u in step]
+        odd = [u for u in everyone if not 0 <= u < K]
+        if odd:
+            raise UserError(f"--unlearn_client {text!r}: there is no client {odd[0]}, they are 0 to {K - 1}")
+        if len(set(everyone)) < len(everyone):
+            raise UserError(f"--unlearn_client {text!r}: a client can leave but once")
+        if len(everyone) == K:
+            raise UserError(f"--unlearn_client {text!r}: nobody would be left; name some of the {K} clients")
+        out.append(steps)
+    return out
+
+
+def request_point(args, n_tasks: int) -> tuple[int, int]:
+    """(task, rounds of it that are done) at the moment of the request.
+
+    Raises:
+        UserError: ``--unlearn_at`` is no such moment.
+    """
+    R = args.num_comm_rounds
+    if args.unlearn_at == "end":
+        return n_tasks - 1, R
+    try:
+        task, round_ = map(int, args.unlearn_at.split(":"))
+    except ValueError:
+        task = round_ = 0
+    if not (1 <= task <= n_tasks and 1 <= round_ <= R):
+        raise UserError(
+            f"--unlearn_at {args.unlearn_at!r}: give end, or TASK:ROUND with a task of 1 to {n_tasks} and a round of 1 "
+            f"to {R}"
+        )
+    return task - 1, round_
+
+
+def check(args, cls: type) -> None:
+    """Settings that do not go together, told before anything is trained.
+
+    Raises:
+        UserError: which.
+    """
+    if not args.fl:
+        raise UserError("--unlearn_client is for clients: add --fl")
+    if args.unlearn_client is None:
+        raise UserError("--unlearn says how: say with --unlearn_client who is to be forgotten")
+    ways = ", ".join(scan("unlearning"))
+    own = getattr(cls, "UNLEARNS", False)
+    if args.unlearn is None:
+        if not own:
+            raise UserError(f"--unlearn_client: {args.model} has no way of its own to forget; give --unlearn {ways}")
+        args.unlearn = "own"
+    if args.unlearn == "own" and not own:
+        raise UserError(f"--unlearn own: {args.model} has no way of its own to forget; choose from {ways}")
+    if args.joint == 0 and args.stop_after is not None:
+        raise UserError("--unlearn_client needs a whole run: leave out --stop_after")
+    if args.exclude_clients:
+        raise UserError("--unlearn_client and --exclude_clients: who takes no part has nothing to be forgotten")
+    requests(args)
+
+
+# ---------------------------------------------------------------- one model after another
+
+
+class Stage:
+    """A model in the making: built anew, brought to a checkpoint, taken on from there; nothing of the run is written.
+
+    Args:
+        args: of the run. run: its folder, for messages. checkpoint: file.
+    """
+
+    def __init__(self, args, run, checkpoint: Path) -> None:
+        import main
+        from datasets.utils.partition import Partition
+        from federated.clients import Ledger
+        from federated.simulator import Untouched
+        from utils import checkpoints
+
+        self.args = copy.deepcopy(args)
+        self.args.unlearn_client, self.args.savecheck = None, "none"
+        self.dataset, self.model, self.worker, fresh = main.build(self.args)
+        self.partition = Partition.make(self.dataset, self.args)
+        self.session = silent_session(self.args, self.dataset, self.model, Quiet(run), fresh)
+        self.ledger, self.states = Ledger(), {}
+        self.session.nets.append(self.worker.net)
+        self.session.resume(checkpoints.read(checkpoint), {"clients": Untouched(self.worker.fresh_state)})
+        self.ledger.load(self.session.restored["ledger"])
+        self.states.update(self.session.restored["clients"])
+        self.session.traffic = dict
+        history = self.session.restored.get("history")
+        if history is not None:
+            self.model._own_history = history
+        self.seconds = 0.0
+
+    @contextmanager
+    def group(self, partition):
+        """The clients that own samples of the current task, in a division."""
+        from federated.clients import Clients
+        from federated.engines import make_engine
+
+        task = self.session.cursor["task"]
+        with closing(make_engine(self.worker, partition, self.states, self.args, self.session.run.say)) as engine:
+            ids = [i for i, n in enumerate(partition.sizes(task)) if n > 0]
+            yield Clients(ids, engine, self.ledger, task)
+
+    def forget(self, who: Sequence[int]) -> None:
+        """The way to unlearn, then the clients are gone."""
+        from utils.conf import set_random_seed
+
+        while self.dataset.c_task < self.session.cursor["task"]:
+            self.dataset.get_data_loaders()
+        began = time.perf_counter()
+        set_random_seed(self.args.seed, "unlearn", *who)
+        with self.group(self.partition) as clients:
+            self.model.unlearn(clients, list(who))
+        self.seconds += time.perf_counter() - began
+        self.partition = self.partition.without(who)
+        for u in who:
+            self.states.pop(u, None)
+        for kept in getattr(self.model, "_own_history", {}).values():  # as if they had never been there
+            for part in ("updates", "weights"):
+                kept[part] = {k: v for k, v in kept[part].items() if k not in who}
+            total = sum(kept["weights"].values())
+            kept["weights"] = {k: w / total for k, w in kept["weights"].items()} if total else {}
+
+    def recover(self, rounds: int) -> None:
+        """Rounds of those that are left."""
+        from federated.simulator import participants
+        from utils.conf import set_random_seed
+
+        began, task = time.perf_counter(), self.session.cursor["task"]
+        with self.group(self.partition) as clients:
+            for _ in range(rounds):
+                r = self.model.next_round()
+                set_random_seed(self.args.seed, "server", task, "recover", r)
+                self.model.round(clients.only(participants(self.args, clients.ids, task, r)).at(r), r)
+        self.seconds += time.perf_counter() - began
+
+    def finish(self) -> None:
+        """What is left of the run, without those that are gone."""
+        from federated.engines import make_engine
+        from federated.simulator import tasks
+
+        with closing(make_engine(self.worker, self.partition, self.states, self.args, self.session.run.say)) as engine:
+            tasks(self.session, engine, self.ledger, self.partition)
+
+    @torch.no_grad()
+    def probabilities(self, indices: torch.Tensor, task: int, train: bool) -> np.ndarray:
+        """softmax over the classes seen (n, C) of training or test images of a task, with the test transform."""
+        from utils.evaluate import evaluating
+
+        model, out = self.model, [np.empty((0, self.model.n_seen_classes), dtype=np.float32)]
+        loader = self.dataset.loader(indices, task, 256, False, split="train" if train else "test", device=model.device)
+        with evaluating(model):
+            for x, _ in loader if len(indices) else ():
+                out.append(model(x)[:, : model.n_seen_classes].float().softmax(1).cpu().numpy())
+        return np.concatenate(out)
+
+    def solution(self) -> dict[str, torch.Tensor]:
+        """What has been learnt, by name: the tensors of the network, of what is grafted on it, and task vectors."""
+        out = {**dict(self.model.net.state_dict()), **self.model.trainable()}
+        for t, tau in enumerate(getattr(self.model, "taus", ())):
+            out |= {f"{t}.{n}": v for n, v in tau.items()}
+        return {n: v.detach() for n, v in out.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
+
+
+class Quiet:
+    """In place of a run's folder, for what is only looked at: lines go to the run's log, files nowhere."""
+
+    def __init__(self, run) -> None:
+        self._scratch = tempfile.TemporaryDirectory()
+        self.path, self.rounds = Path(self._scratch.name), []
+        self.clock = {"train": 0.0, "train_cpu": 0.0, "total": 0.0}
+        self.say = lambda text="", screen=True: run.say(f"  {text}", screen=False)
+
+
+def silent_session(*args):
+    """A session that measures nothing on its way."""
+    from utils.training import Session
+
+    class Silent(Session):
+        def measure(self, task, step, extra=None) -> dict:
+            return {}
+
+        def report(self, row, task, what) -> None:
+            pass
+
+    return Silent(*args)
+
+
+# ---------------------------------------------------------------- the comparison
+
+
+def start_of(record) -> Path:
+    """The state of a run at the moment of the request.
+
+    Raises:
+        UserError: it was not kept.
+    """
+    if record.request.exists():
+        return record.request
+    raise UserError(
+        f"{record.path} has not kept its state at the moment of the request: run it again with --unlearn_client, and "
+        "without --loadcheck"
+    )
+
+
+def samples(stage: Stage, whole, who: Sequence[int], n_tasks: int, seed: int) -> dict[str, list[tuple]]:
+    """The four sets of utils/unlearning_metrics.py: {name: [(task, indices, from the training set?)]}."""
+    out: dict[str, list[tuple]] = {"forget": [], "retain": [], "forget_test": [], "test": []}
+    dataset = stage.dataset
+    for t in range(n_tasks):
+        mine = torch.cat([whole.indices(t, u) for u in who])
+        others = torch.cat([whole.indices(t, k) for k in range(whole.n_clients) if k not in who])
+        out["forget"].append((t, mine, True))
+        out["retain"].append((t, others, True))
+        tests = range(dataset.n_eval_tasks) if stage.args.joint else [t]
+        labels = dataset.labels_of(mine).numpy()
+        for s in tests:
+            test = dataset.task_indices(s, train=False)
+            theirs = dataset.eval_labels[test].cpu().numpy()
+            pick = same_mix(labels, theirs, np.random.default_rng(seed))
+            out["forget_test"].append((s, test[torch.from_numpy(pick)], False))
+            out["test"].append((s, test, False))
+    return out
+
+
+def outputs(stage: Stage, sets: dict[str, list[tuple]]) -> tuple[dict, dict]:
+    """({set: probabilities (N, C)}, {set: labels (N,)}) of a model."""
+    p, y = {}, {}
+    for name, parts in sets.items():
+        p[name] = np.concatenate([stage.probabilities(i, t, train) for t, i, train in parts])
+        labels = [
+            (stage.dataset.train_labels if train else stage.dataset.eval_labels)[i].cpu().numpy()
+            for t, i, train in parts
+        ]
+        y[name] = np.concatenate(labels)
+    return p, y
+
+
+def with_settings(args, who: Sequence[int], seed: int):
+    """The settings of the run without the clients; with another seed the division stays."""
+    new = copy.deepcopy(args)
+    change = {"exclude_clients": list(who), "seed": seed, "unlearn": None, "unlearn_client": None}
+    if seed != args.seed and args.partition_seed is None:
+        change["partition_seed"] = args.seed
+    vars(new).update(change, savecheck="task", loadcheck="auto")
+    new.asked = {**args.asked, **change}
+    return new
+
+
+def retrained(args) -> tuple[Path, dict]:
+    """A run of :func:`with_settings`, made if it is not there: (its checkpoint, its summary)."""
+    import main
+    from utils.loggers import Run
+    from utils.training import Interrupted
+
+    if main.run(args):
+        raise Interrupted
+    for folder in Run.candidates(args):
+        checkpoint = folder / "checkpoint" / "last.safetensors"
+        if checkpoint.exists():
+            with open(folder / "summary.csv", newline="") as f:
+                return checkpoint, next(csv.DictReader(f))
+    raise UserError(f"{Run.candidates(args)[0]} is finished, but has kept no model to compare with: delete that folder")
+
+
+def settings_key(args, request) -> str:
+    """What names a row: how and whom."""
+    said = {k: getattr(args, k, None) for k in args.unlearning_flags if k not in ("unlearn_client", "retrain_seeds")}
+    text = json.dumps({**said, "who": request}, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=5).hexdigest()
+
+
+def forget_clients(args, record) -> None:
+    """Carry out every request of ``--unlearn_client`` on a run that is over."""
+    from utils.loggers import write_csv
+
+    file = record.path / "unlearning.csv"
+    rows: list[dict] = []
+    if file.exists():
+        with open(file, newline="") as f:
+            rows = list(csv.DictReader(f))
+    start, done = start_of(record), {r["key"] for r in rows}
+    original = Stage(args, record, start)
+    whole = original.partition
+    point = request_point(args, original.dataset.n_train_tasks)
+    here = (original.session.cursor["task"], original.session.cursor["step"] - 1)
+    if here != point:
+        raise UserError(
+            f"--unlearn_at {args.unlearn_at}: {record.path} has kept its state after task {here[0] + 1}, round "
+            f"{here[1]}; use that, or train a run of its own"
+        )
+    original.finish()
+    for request in requests(args):
+        key = settings_key(args, request)
+        if key in done:
+            record.say(f"already there: {args.unlearn}, client {request_name(request)}")
+            continue
+        row = forget_one(args, record, start, request, original, whole)
+        rows.append({"key": key, **row})
+        write_csv(file, rows)
+        say_row(record, row)
+
+
+def request_name(request: list[list[int]]) -> str:
+    """As it is written on the command line."""
+    return ",".join("+".join(map(str, step)) for step in request)
+
+
+def forget_one(args, record, start: Path, request, original: Stage, whole) -> dict:
+    """One request: a row of unlearning.csv."""
+    who, golds, cost = [u for step in request for u in step], [], {}
+    compare = bool(args.eval_retrain)
+    for s in range(args.retrain_seeds if compare else int(args.unlearn == "retrain")):
+        again = with_settings(args, who, args.seed + s)
+        checkpoint, summary = retrained(again)
+        golds.append(Stage(again, record, checkpoint))
+        cost = cost or summary
+    if args.unlearn == "retrain":
+        made = golds[0]
+        spent = {
+            "rounds": args.num_comm_rounds * original.dataset.n_train_tasks,
+            "mb_up": float(cost["uplink_mb"]),
+            "mb_down": float(cost["downlink_mb"]),
+            "seconds": float(cost["train_seconds"]),
+        }
+    else:
+        made = Stage(args, record, start)
+        up, down, known = made.ledger.uplink, made.ledger.downlink, len(made.ledger)
+        for step in request:
+            made.forget(step)
+        made.recover(args.recover_rounds)
+        calls = Counter((r["call"], r["client"]) for r in made.ledger.rows(known) if r["call"] in TRAINING)
+        spent = {
+            "rounds": sum(max(n for (c, _), n in calls.items() if c == call) for call in {c for c, _ in calls}),
+            "mb_up": (made.ledger.uplink - up) / 1e6,
+            "mb_down": (made.ledger.downlink - down) / 1e6,
+            "seconds": made.seconds,
+        }
+        made.finish()
+    sets = samples(original, whole, who, original.dataset.n_train_tasks, args.seed)
+    (V, y), (before, _) = outputs(made, sets), outputs(original, sets)
+    Rs = [outputs(stage, sets)[0] for stage in golds] if compare else []
+    short = ("FA", "RA", "FTA", "TA", "mia_loss_auc")
+
+    def others(name: str, p) -> dict:
+        return {f"{name}_{k}": v for k, v in report(p, y, None, args.seed).items() if k in short}
+
+    row = {
+        "method": args.model if args.unlearn == "own" else args.unlearn,
+        "model": args.model,
+        "dataset": args.dataset,
+        "K": args.num_clients,
+        "beta": args.distribution_alpha if args.partition_mode == "distribution" else None,
+        "T": args.num_comm_rounds,
+        "E": args.n_epochs,
+        "seed": args.seed,
+        "client": request_name(request),
+        "n_forget": len(y["forget"]),
+        "at": args.unlearn_at,
+        "recover_rounds": args.recover_rounds,
+        **{k: getattr(args, k) for k in args.unlearning_flags if k not in UNLEARNING_FLAGS},
+        **report(V, y, Rs[0] if Rs else None, args.seed),
+        **others("O", before),
+    }
+    if Rs:
+        row |= others("R", Rs[0]) | distances(made, original, golds) | shadows(V, y, Rs[1:])
+    return {**row, **spent}
+
+
+def distances(made: Stage, original: Stage, golds: list[Stage]) -> dict:
+    """relD = |V - R| / |O - R|, below 1 is progress; floorD, the same of R with another seed."""
+    r, whole = golds[0].solution(), distance(original.solution(), golds[0].solution())
+    seeds = [distance(r, s.solution()) for s in golds[1:]]
+    unit = max(whole, 1e-30)
+    return {"relD": distance(made.solution(), r) / unit, "floorD": float(np.mean(seeds)) / unit if seeds else None}
+
+
+def shadows(V: dict, y: dict, Rs: list[dict]) -> dict:
+    """Offline LiRA with the other seeds' retrained models as those that have not seen the client."""
+    if not Rs:
+        return {}
+    inside, outside = (
+        lira(log_odds(V[s], y[s]), [log_odds(p[s], y[s]) for p in Rs]) for s in ("forget", "forget_test")
+    )
+    return {"lira_auc": auc(inside, outside), "lira_tpr01": tpr_at(inside, outside)}
+
+
+def say_row(record, row: dict) -> None:
+    """The row in a line."""
+
+    def shown(name):
+        return "" if row.get(name) is None else f"{row[name]:.1f}"
+
+    text = f"{row['method']} without client {row['client']}: "
+    text += ", ".join(
+        f"{what} {shown(k)} (all {shown('O_' + k)}" + (f", retrained {shown('R_' + k)})" if "R_FA" in row else ")")
+        for k, what in (("FA", "forgotten"), ("RA", "retained"), ("TA", "test"))
+    )
+    record.say(text + f" | {row['rounds']} rounds, up {row['mb_up']:.2f} MB, {row['seconds']:.1f} s")

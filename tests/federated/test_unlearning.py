@@ -1,0 +1,280 @@
+"""Forgetting clients: the flow by its command, and each way to unlearn against its formula."""
+
+from __future__ import annotations
+
+import shlex
+from argparse import Namespace
+
+import pytest
+import torch
+
+import main
+from federated.unlearning import request_name, request_point, requests
+from tests.helpers import rows
+from unlearning.fedquit import quiet
+from unlearning.pga import distance
+from utils.args import parse_args
+from utils.errors import UserError
+from utils.registry import scan
+
+BASE = "--model fedavg --dataset seq-digits --backbone mnistmlp --joint 1 --fl --num_clients 4 --num_comm_rounds 2"
+FAST = "--n_epochs 2 --batch_size 16 --optimizer adam --lr 0.002 --device cpu --num_threads 1 --unlearn_history 1 --loadcheck auto"
+
+
+@pytest.fixture
+def run(tmp_path, capsys):
+    """``run(flags)``: the rows of unlearning.csv after the command; the first of it is trained, then found again."""
+
+    def go(flags, code=0, base=f"{BASE} {FAST}"):
+        assert main.main(shlex.split(f"{base} --results_path {tmp_path} {flags}")) == code
+        go.said = capsys.readouterr()
+        found = sorted(tmp_path.rglob("unlearning.csv"))
+        return rows(found[-1]) if found else []
+
+    return go
+
+
+# ---------------------------------------------------------------- what is asked for
+
+
+def test_requests():
+    def of(*who):
+        return requests(Namespace(unlearn_client=list(who), num_clients=8))
+
+    assert of("3", "7") == [[[3]], [[7]]] and of("7+3") == [[[3, 7]]] and of("3,7+1") == [[[3], [1, 7]]]
+    assert of("all") == [[[k]] for k in range(8)] and request_name([[3], [1, 7]]) == "3,1+7"
+    for who, said in (
+        ("8", "no client 8, they are 0 to 7"),
+        ("three", "give numbers of clients"),
+        ("3+3,3", "can leave but once"),
+        ("0+1+2+3+4+5+6+7", "nobody would be left"),
+    ):
+        with pytest.raises(UserError, match=said):
+            of(who)
+
+
+def test_moments():
+    def at(text):
+        return request_point(Namespace(unlearn_at=text, num_comm_rounds=3), 5)
+
+    assert at("end") == (4, 3) and at("1:2") == (0, 2) and at("5:3") == (4, 3)
+    for text in ("0:1", "6:1", "2:4", "2", "soon"):
+        with pytest.raises(UserError, match="give end, or TASK:ROUND with a task of 1 to 5 and a round of 1 to 3"):
+            at(text)
+
+
+def test_settings_that_do_not_go_together():
+    for flags, said in (
+        ("--unlearn_client 1", "fedavg has no way of its own to forget; give --unlearn .*federaser"),
+        ("--unlearn noop", "say with --unlearn_client who"),
+        ("--unlearn forget --unlearn_client 1", "unknown --unlearn 'forget'"),
+        ("--unlearn own --unlearn_client 1", "choose from"),
+        ("--unlearn noop --unlearn_client 4", "no client 4, they are 0 to 3"),
+        ("--unlearn noop --unlearn_client 1 --exclude_clients 2", "nothing to be forgotten"),
+        ("--unlearn noop --unlearn_client 1 --unlearn_at 9:9", "give end, or TASK:ROUND"),
+        ("--exclude_clients 9", "no client 9"),
+        ("--exclude_clients 0 1 2 3", "has no samples left"),
+    ):
+        with pytest.raises(UserError, match=said):
+            args = parse_args(shlex.split(f"{BASE} {flags}"))
+            main.build(args)
+            from datasets import get_dataset
+            from datasets.utils.partition import Partition
+            from federated.unlearning import request_point
+
+            Partition.make(get_dataset(args), args)
+            request_point(args, 1)
+    with pytest.raises(UserError, match="--fl"):
+        parse_args(shlex.split("--model ser --dataset seq-digits --unlearn noop --unlearn_client 1"))
+
+
+# ---------------------------------------------------------------- the flow
+
+
+def test_everything_by_its_command(run, tmp_path):
+    """One training, retraining once, a row for each way; what is there is not made again."""
+    noop = run("--unlearn noop --unlearn_client 1 --eval_retrain")[0]
+    assert noop["FA"] == noop["O_FA"] and noop["TA"] == noop["O_TA"] and float(noop["relD"]) == pytest.approx(1)
+    assert noop["rounds"] == "0" and float(noop["mb_up"]) == 0
+    gold = run("--unlearn retrain --unlearn_client 1 --eval_retrain")[1]
+    assert all(gold[k] == gold[f"R_{k}"] for k in ("FA", "RA", "FTA", "TA")) and float(gold["relD"]) == 0
+    assert float(gold["avg_gap"]) == 0 and gold["rounds"] == "2" and float(gold["mb_up"]) > 0
+    folders = list((tmp_path / "seq-digits" / "fedavg").iterdir())
+    assert len(folders) == 2  # with the client and without it
+    n = len(run("--unlearn noop --unlearn_client 1 --eval_retrain"))
+    assert n == 2 and "already there: noop, client 1" in run.said.out
+    table = run("--unlearn finetune --unlearn_client 2+3 2,3 --recover_rounds 1")
+    assert [r["client"] for r in table] == ["1", "1", "2+3", "2,3"] and len(folders) == 2
+    assert (table[2]["rounds"], table[3]["rounds"]) == ("3", "5") and float(table[2]["mb_up"]) > 0
+    assert table[0]["n_forget"] != table[2]["n_forget"] == table[3]["n_forget"]
+
+
+def test_the_run_itself_does_not_change(run, tmp_path):
+    run("--unlearn noop --unlearn_client 1")
+    one = rows(next(tmp_path.rglob("accuracy.csv")))
+    other = tmp_path / "plain"
+    assert main.main(shlex.split(f"{BASE} {FAST} --results_path {other}")) == 0
+    assert rows(next(other.rglob("accuracy.csv"))) == one
+    assert not list(other.rglob("request.safetensors"))
+
+
+def test_a_run_that_has_kept_nothing(run, tmp_path):
+    assert main.main(shlex.split(f"{BASE} {FAST} --results_path {tmp_path}")) == 0
+    run("--unlearn noop --unlearn_client 1", code=2)
+    assert "has not kept its state" in run.said.err
+    plain = FAST.replace("--unlearn_history 1", "")
+    run("--unlearn history --unlearn_client 1", code=2, base=f"{BASE} {plain}")
+    assert "train it with --unlearn_history 1" in run.said.err and "Traceback" not in run.said.err
+
+
+def test_in_the_middle_of_training(run):
+    """After the request the run goes on without the client: with all rounds but the first, and other weights."""
+    tasks = BASE.replace("--joint 1", "") + " " + FAST
+    row = run("--unlearn noop --unlearn_client 1 --unlearn_at 1:1", base=tasks)[0]
+    assert row["at"] == "1:1" and (row["FA"], row["RA"]) != (row["O_FA"], row["O_RA"])
+    run("--unlearn noop --unlearn_client 1 --unlearn_at 2:1", code=2, base=tasks)
+    assert "has kept its state after task 1, round 1" in run.said.err
+
+
+def test_one_round_of_history_is_undone_exactly(run):
+    """T = 1: the updates of the others with their weights are what training without the client gives."""
+    once = f"{BASE.replace('--num_comm_rounds 2', '--num_comm_rounds 1')} {FAST}"
+    row = run("--unlearn history --unlearn_client 1 --eval_retrain", base=once)[0]
+    assert float(row["relD"]) < 1e-5 and float(row["kl_f"]) < 1e-6 and row["agree_test"] == "100.0"
+
+
+def test_history_in_either_order(run):
+    table = run("--unlearn history --unlearn_client 2+3 2,3 3,2")
+    for k in ("FA", "RA", "TA"):
+        assert float(table[0][k]) == pytest.approx(float(table[1][k]), abs=0.5)
+        assert float(table[0][k]) == pytest.approx(float(table[2][k]), abs=0.5)
+
+
+@pytest.mark.parametrize("way", sorted(set(scan("unlearning")) - {"noop", "retrain", "finetune", "history"}))
+def test_every_other_way_and_backbone_head(run, way):
+    """Each changes the model, on a method that trains rows of the head too, and says what it cost."""
+    lora = "--model fedavg --tuning lora --dataset seq-digits --backbone vit-pocket --joint 1 --fl --num_clients 3"
+    base = f"{lora} --num_comm_rounds 2 --debug_mode 1 --n_epochs 1 --device cpu --unlearn_history 1 --loadcheck auto"
+    (row,) = run(f"--unlearn {way} --unlearn_client 1", base=base)
+    assert float(row["seconds"]) > 0
+    if way != "fedquit":  # whose rate is small
+        assert (row["FA"], row["RA"], row["TA"]) != (row["O_FA"], row["O_RA"], row["O_TA"])
+
+
+# ---------------------------------------------------------------- the ways, piece by piece
+
+
+@pytest.fixture
+def made(rig):
+    """A server after two rounds with its history, one way to unlearn mixed in."""
+
+    def make(way, flags=""):
+        from federated.simulator import recorder
+
+        r = rig(
+            f"--model fedavg --joint 1 --fl --num_clients 4 --num_comm_rounds 2 --unlearn {way} --unlearn_client 1 "
+            f"--unlearn_history 1 --optimizer adam --lr 0.002 --batch_size 16 {flags}",
+            rig.MLP,
+        )
+        r.begin(0)
+        history = {}
+        for k in range(2):
+            group = r.clients(0, k)
+            group._watch = recorder(r.model, history, (0, k))
+            r.model.round(group, k)
+        r.model._own_history = history
+        return r
+
+    return make
+
+
+def test_history_adds_up_to_the_model(made):
+    r = made("history")
+    theta, (first, second) = r.model.trained(), (kept for _, kept in r.model.rounds_of(0))
+    for n, t in theta.items():
+        total = first["start"][n] + sum(
+            kept["weights"][k] * u[n] for kept in (first, second) for k, u in kept["updates"].items()
+        )
+        torch.testing.assert_close(t, total, rtol=1e-4, atol=1e-5)
+
+
+def test_the_ascent_stays_in_its_ball(made, wire):
+    r = made("pga", "--pga_lr 1.0 --pga_stop 1000000")
+    theta, kept = r.model.trained(), r.model.rounds_of(0)[-1][1]
+    r.model.unlearn(r.clients(0), [1])
+    sent = next(w.message for w in wire if w.call == "ascend")
+    ref = sent.tensors("ref.")
+    for n, t in ref.items():  # K theta less its last model
+        own = kept["start"][n] + kept["updates"][1][n]
+        torch.testing.assert_close(t, (4 * theta[n] - own) / 3, rtol=1e-4, atol=1e-5)
+    far = float(distance(ref, r.model.trained()))
+    assert far == pytest.approx(sent["radius"], rel=1e-3)  # such a rate runs into the wall
+    short = made("pga", "--pga_lr 0.01 --pga_stop 0")  # stops after one step
+    short.model.unlearn(short.clients(0), [1])
+    assert 0 < float(distance(ref, short.model.trained())) < far
+
+
+@pytest.mark.parametrize("norm", ["vector", "layer"])
+def test_fresh_updates_are_as_long_as_the_old_ones(made, wire, norm):
+    r = made("federaser", f"--federaser_interval 1 --federaser_norm {norm}")
+    (_, first), (_, second) = r.model.rounds_of(0)
+    r.model.unlearn(r.clients(0), [1])
+    replies = {w.client: w for w in wire if w.call == "for_epochs"}
+    assert set(replies) == {0, 2, 3}
+    got, total = r.model.trained(), sum(second["weights"][k] for k in replies)
+    p = {k: first["weights"][k] / sum(first["weights"][j] for j in replies) for k in replies}
+    start = {n: t + sum(p[k] * first["updates"][k][n] for k in replies) for n, t in first["start"].items()}
+    for n, t in start.items():
+        torch.testing.assert_close(replies[0].message[n], t, rtol=1e-4, atol=1e-5)
+    want = dict(start)
+    for k, w in replies.items():
+        fresh = {n: w.reply[n] - w.message[n] for n in start}
+        ratio = float(distance(second["updates"][k], {n: 0 * t for n, t in start.items()})) / float(
+            distance(fresh, {n: 0 * t for n, t in fresh.items()})
+        )
+        for n in start:
+            each = float(second["updates"][k][n].norm() / fresh[n].norm()) if norm == "layer" else ratio
+            want[n] = want[n] + second["weights"][k] / total * each * fresh[n]
+    for n in want:
+        torch.testing.assert_close(got[n], want[n], rtol=1e-3, atol=1e-4)
+
+
+def test_negated_layers(made):
+    r = made("not")
+    theta = r.model.trained()
+    r.model.unlearn(r.clients(0), [1])
+    first, *others = theta
+    assert torch.equal(r.model.trained()[first], -theta[first])
+    assert all(torch.equal(r.model.trained()[n], theta[n]) for n in others)
+    r = made("not", "--not_layers nothing")
+    with pytest.raises(UserError, match="nothing that is trained ends so"):
+        r.model.unlearn(r.clients(0), [1])
+
+
+def test_a_teacher_without_the_true_class(made):
+    z, y = torch.tensor([[3.0, 1.0, 2.0], [0.0, 5.0, 4.0]]), torch.tensor([0, 2])
+    assert quiet(z, y).tolist() == [[1.0, 1.0, 2.0], [0.0, 5.0, 0.0]]
+    r = made("fedquit", "--fedquit_lr 0.001 --fedquit_epochs 5 --n_epochs 4")
+    mine = r.partition.indices(0, 1)
+    x, y = next(iter(r.dataset.loader(mine, 0, len(mine), False, split="train")))
+
+    def right():
+        with torch.no_grad():
+            return float((r.model(x).argmax(1) == y).float().mean())
+
+    before = right()
+    r.model.unlearn(r.clients(0), [1])
+    assert right() < before
+
+
+def test_a_client_without_samples_has_nothing_to_undo(made):
+    for way in ("history", "pga", "fedquit"):
+        r = made(way)
+        theta = r.model.trained()
+        r.model._own_history = {
+            k: {**v, "updates": {i: u for i, u in v["updates"].items() if i != 1}, "weights": {0: 0.3, 2: 0.3, 3: 0.4}}
+            for k, v in r.model._own_history.items()
+        }
+        r.model.unlearn(r.clients(0, ids=[0, 2, 3]), [1])
+        for n, t in theta.items():
+            torch.testing.assert_close(r.model.trained()[n], t, rtol=1e-6, atol=1e-7)
