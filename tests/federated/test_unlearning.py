@@ -18,7 +18,8 @@ from utils.errors import UserError
 from utils.registry import scan
 
 BASE = "--model fedavg --dataset seq-digits --backbone mnistmlp --joint 1 --fl --num_clients 4 --num_comm_rounds 2"
-FAST = "--n_epochs 2 --batch_size 16 --optimizer adam --lr 0.002 --device cpu --num_threads 1 --unlearn_history 1 --loadcheck auto"
+LEARN = "--n_epochs 2 --batch_size 16 --optimizer adam --lr 0.002 --device cpu --num_threads 1"
+FAST = f"{LEARN} --unlearn_history 1 --loadcheck auto"
 
 
 @pytest.fixture
