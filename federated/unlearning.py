@@ -145,7 +145,8 @@ class Stage:
         history = self.session.restored.get("history")
         if history is not None:
             self.model._own_history = history
-        self.seconds = 0.0
+        self.seconds, self.at = 0.0, self.session.cursor["task"]
+        self.asked = {n: p.detach().cpu().clone() for n, p in self.model.trainable().items()}  # when it was asked
 
     @contextmanager
     def group(self, partition):
@@ -330,6 +331,7 @@ def settings_key(args, request) -> str:
 def forget_clients(args, record) -> None:
     """Carry out every request of ``--unlearn_client`` on a run that is over."""
     from utils.loggers import write_csv
+    from utils.report_plots import plot_unlearning
 
     file = record.path / "unlearning.csv"
     rows: list[dict] = []
@@ -355,6 +357,7 @@ def forget_clients(args, record) -> None:
         row = forget_one(args, record, start, request, original, whole)
         rows.append({"key": key, **row})
         write_csv(file, rows)
+        plot_unlearning(rows, record.path / "unlearning.png")
         say_row(record, row)
 
 
@@ -421,7 +424,16 @@ def forget_one(args, record, start: Path, request, original: Stage, whole) -> di
     }
     if Rs:
         row |= others("R", Rs[0]) | distances(made, original, golds) | shadows(V, y, Rs[1:])
-    return {**row, **spent}
+    return {**row, **bound(original, who), **spent}
+
+
+def bound(original: Stage, who: Sequence[int]) -> dict:
+    """What the clients can have moved the model by in the current task, for convex losses (unlearning/sifu.py)."""
+    from unlearning.sifu import sensitivity
+
+    history, task = getattr(original.model, "_own_history", None), original.at
+    rounds = [kept for (t, _), kept in sorted((history or {}).items()) if t == task]
+    return {"bound": sensitivity(rounds, original.asked, list(who))[-1]} if rounds else {}
 
 
 def distances(made: Stage, original: Stage, golds: list[Stage]) -> dict:

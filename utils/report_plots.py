@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # imported where used
     from pandas import DataFrame
 
 LOWER_IS_BETTER = re.compile(
-    r"forgetting|.*_mb$|.*_seconds$|.*memory|trainable_params$|(\w+_)?incremental_bias|(\w+_)?prediction_kl|federated_bias$|energy_mj|macs$|sops$|firing_rate|logit_drift|negation_target|disentanglement"
+    r"forgetting|.*_mb$|.*_seconds$|.*memory|trainable_params$|(\w+_)?incremental_bias|(\w+_)?prediction_kl|federated_bias$|energy_mj|macs$|sops$|firing_rate|logit_drift|negation_target|disentanglement|layer_error"
 )
 HIGHER_IS_BETTER = re.compile(
     r"faa|avg_inc_acc|bwt|fwt|(ncm|probe)_accuracy|\w+_acc(_best)?$|localisation_auroc|negation_control|control_zero"
@@ -301,3 +301,30 @@ def _ticks(n: int) -> np.ndarray:
     import numpy as np
 
     return np.arange(0, n, -(-n // 10))
+
+
+def plot_unlearning(rows: list[dict], file: Path) -> None:
+    """Bars of unlearning.csv: accuracies of each way to forget, means over clients, with marks at those of the model
+    retrained without the client (black) and of the one with everybody (grey)."""
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    table = pd.DataFrame(rows)
+    shown = {"FA": "the client's data", "RA": "the others'", "FTA": "unseen, the client's mix", "TA": "test"}
+    columns = [p + k for k in shown for p in ("", "O_", "R_") if p + k in table]
+    table[columns] = table[columns].apply(pd.to_numeric, errors="coerce")
+    means = table.groupby("method", sort=False)[columns].mean()
+    fig = Figure(figsize=(max(5.0, 1.6 + 1.1 * len(means)), 3.4), layout="constrained")
+    ax, width = fig.subplots(), 0.8 / len(shown)
+    for i, (k, name) in enumerate(shown.items()):
+        xs = [j + (i - 1.5) * width for j in range(len(means))]
+        ax.bar(xs, means[k], width, color=COLOURS[i], label=name)
+        for prefix, colour in (("O_", "#999999"), ("R_", "black")):
+            if prefix + k in means:
+                ax.hlines(
+                    means[prefix + k], [x - width / 2 for x in xs], [x + width / 2 for x in xs], colors=colour, lw=2
+                )
+    ax.set_xticks(range(len(means)), list(means.index))
+    ax.set(ylabel="accuracy (%)", ylim=(0, 101))
+    ax.legend(ncol=2, fontsize=8, loc="lower right")
+    fig.savefig(file, dpi=120)

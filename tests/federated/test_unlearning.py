@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from argparse import Namespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from federated.unlearning import request_name, request_point, requests
 from tests.helpers import rows
 from unlearning.fedquit import quiet
 from unlearning.pga import distance
+from unlearning.sifu import sensitivity
 from utils.args import parse_args
 from utils.errors import UserError
 from utils.registry import scan
@@ -107,6 +109,8 @@ def test_everything_by_its_command(run, tmp_path):
     table = run("--unlearn finetune --unlearn_client 2+3 2,3 --recover_rounds 1")
     assert [r["client"] for r in table] == ["1", "1", "2+3", "2,3"] and len(folders) == 2
     assert (table[2]["rounds"], table[3]["rounds"]) == ("3", "5") and float(table[2]["mb_up"]) > 0
+    assert next(tmp_path.rglob("unlearning.png")).stat().st_size > 5000
+    assert float(table[0]["bound"]) == float(table[1]["bound"]) > 0
     assert table[0]["n_forget"] != table[2]["n_forget"] == table[3]["n_forget"]
 
 
@@ -238,6 +242,49 @@ def test_fresh_updates_are_as_long_as_the_old_ones(made, wire, norm):
             want[n] = want[n] + second["weights"][k] / total * each * fresh[n]
     for n in want:
         torch.testing.assert_close(got[n], want[n], rtol=1e-3, atol=1e-4)
+
+
+def test_sensitivity_bounds_what_a_client_has_moved():
+    """Least squares, small steps: |theta_T - theta_T without u| <= Psi_T; each round adds p / (1 - p) |theta - theta_u|."""
+    from tests.models.test_sata import Squares
+
+    rng = np.random.default_rng(0)
+    fed, rounds, theta = Squares([rng.normal(size=(8, 6)) for _ in range(5)]), [], np.zeros(6)
+    for _ in range(6):
+        updates = {k: torch.tensor(M @ theta + b - theta) for k, (M, b) in enumerate(fed.maps)}
+        kept = {"start": torch.tensor(theta), "updates": updates}
+        rounds.append(
+            {
+                "start": {"t": kept["start"]},
+                "updates": {k: {"t": u} for k, u in updates.items()},
+                "weights": dict.fromkeys(updates, 0.2),
+            }
+        )
+        theta = theta + sum(u.numpy() for u in updates.values()) / 5
+    psi = sensitivity(rounds, {"t": torch.tensor(theta)}, [0])
+    assert psi[0] == 0 and psi == sorted(psi) and len(psi) == 7
+    for t in range(1, 7):
+        gap = np.linalg.norm(fed.run(t)[0] - fed.run(t, [0])[0])
+        assert gap <= psi[t] * (1 + 1e-9)
+    first = rounds[0]["updates"]
+    alone = sum(u["t"] for u in first.values()) / 5 - first[0]["t"]
+    assert psi[1] == pytest.approx(0.25 * float(alone.norm()))
+    assert sensitivity(rounds, {"t": torch.tensor(theta)}, [0], 0.0)[-1] < psi[-1]
+
+
+def test_back_to_a_model_the_client_has_not_touched(made):
+    """Without room for any sensitivity: the start of the task, noise, and as many rounds of the others."""
+    r = made("sifu", "--sifu_sigma 0.0")
+    start, seen = r.model.rounds_of(0)[0][1]["start"], []
+    r.model.learn = lambda clients, n, what: seen.append((clients.ids, n))
+    r.model.unlearn(r.clients(0), [1])
+    assert seen == [([0, 2, 3], 2)] and all(torch.equal(t, start[n]) for n, t in r.model.trained().items())
+    far = made("sifu", "--sifu_sigma 1.0 --sifu_eps 1000000")  # room for everything: noise on the last model
+    theta, seen = far.model.trained(), []
+    far.model.learn = lambda clients, n, what: seen.append(n)
+    far.model.unlearn(far.clients(0), [1])
+    moved = torch.cat([(t - theta[n]).flatten() for n, t in far.model.trained().items()])
+    assert seen == [0] and float(moved.std()) == pytest.approx(1.0, rel=0.05)
 
 
 def test_negated_layers(made):
