@@ -326,5 +326,7 @@ def plot_unlearning(rows: list[dict], file: Path) -> None:
                 )
     ax.set_xticks(range(len(means)), list(means.index))
     ax.set(ylabel="accuracy (%)", ylim=(0, 101))
-    ax.legend(ncol=2, fontsize=8, loc="lower right")
+    ax.plot([], [], color="black", lw=2, label="retrained without it")
+    ax.plot([], [], color="#999999", lw=2, label="with everybody")
+    fig.legend(ncol=3, fontsize=8, loc="outside upper center")
     fig.savefig(file, dpi=120)
