@@ -245,7 +245,7 @@ def test_fresh_updates_are_as_long_as_the_old_ones(made, wire, norm):
 
 
 def test_sensitivity_bounds_what_a_client_has_moved():
-    """Least squares, small steps: the gap to training without u is at most Psi; a round adds p / (1 - p) |theta - theta_u|."""
+    """Least squares, small steps: the gap to training without u is at most Psi; by hand after one round."""
     from tests.models.test_sata import Squares
 
     rng = np.random.default_rng(0)
