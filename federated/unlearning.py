@@ -145,7 +145,7 @@ class Stage:
         history = self.session.restored.get("history")
         if history is not None:
             self.model._own_history = history
-        self.seconds, self.at = 0.0, self.session.cursor["task"]
+        self.seconds, self.at = 0.0, (self.session.cursor["task"], self.session.cursor["step"] - 1)
         self.asked = {n: p.detach().cpu().clone() for n, p in self.model.trainable().items()}  # when it was asked
 
     @contextmanager
@@ -263,22 +263,22 @@ def start_of(record) -> Path:
 
 def samples(stage: Stage, whole, who: Sequence[int], n_tasks: int, seed: int) -> dict[str, list[tuple]]:
     """The four sets of utils/unlearning_metrics.py: {name: [(task, indices, from the training set?)]}."""
-    out: dict[str, list[tuple]] = {"forget": [], "retain": [], "forget_test": [], "test": []}
-    dataset = stage.dataset
-    for t in range(n_tasks):
-        mine = torch.cat([whole.indices(t, u) for u in who])
-        others = torch.cat([whole.indices(t, k) for k in range(whole.n_clients) if k not in who])
-        out["forget"].append((t, mine, True))
-        out["retain"].append((t, others, True))
-        tests = range(dataset.n_eval_tasks) if stage.args.joint else [t]
-        labels = dataset.labels_of(mine).numpy()
-        for s in tests:
-            test = dataset.task_indices(s, train=False)
-            theirs = dataset.eval_labels[test].cpu().numpy()
-            pick = same_mix(labels, theirs, np.random.default_rng(seed))
-            out["forget_test"].append((s, test[torch.from_numpy(pick)], False))
-            out["test"].append((s, test, False))
-    return out
+    dataset, K = stage.dataset, whole.n_clients
+    mine = [(t, torch.cat([whole.indices(t, u) for u in who]), True) for t in range(n_tasks)]
+    others = [(t, torch.cat([whole.indices(t, k) for k in range(K) if k not in who]), True) for t in range(n_tasks)]
+    test = [(s, dataset.task_indices(s, train=False), False) for s in range(dataset.n_eval_tasks)]
+    apart = dataset.SETTING == "domain-il" and not stage.args.joint  # a class of one domain is not that of another
+
+    def kinds(parts, labels) -> np.ndarray:
+        """What shall be mixed alike, of each sample: its class, and its domain."""
+        return np.concatenate([labels[i].cpu().numpy() + (dataset.N_CLASSES * t if apart else 0) for t, i, _ in parts])
+
+    pick = same_mix(kinds(mine, dataset.train_labels), kinds(test, dataset.eval_labels), np.random.default_rng(seed))
+    ends, unseen = np.cumsum([len(i) for _, i, _ in test]), []
+    for (s, i, _), end in zip(test, ends):
+        here = pick[(pick >= end - len(i)) & (pick < end)] - (end - len(i))
+        unseen.append((s, i[torch.from_numpy(here)], False))
+    return {"forget": mine, "retain": others, "forget_test": unseen, "test": test}
 
 
 def outputs(stage: Stage, sets: dict[str, list[tuple]]) -> tuple[dict, dict]:
@@ -342,7 +342,7 @@ def forget_clients(args, record) -> None:
     original = Stage(args, record, start)
     whole = original.partition
     point = request_point(args, original.dataset.n_train_tasks)
-    here = (original.session.cursor["task"], original.session.cursor["step"] - 1)
+    here = original.at
     if here != point:
         raise UserError(
             f"--unlearn_at {args.unlearn_at}: {record.path} has kept its state after task {here[0] + 1}, round "
@@ -431,8 +431,8 @@ def bound(original: Stage, who: Sequence[int]) -> dict:
     """What the clients can have moved the model by in the current task, for convex losses (unlearning/sifu.py)."""
     from unlearning.sifu import sensitivity
 
-    history, task = getattr(original.model, "_own_history", None), original.at
-    rounds = [kept for (t, _), kept in sorted((history or {}).items()) if t == task]
+    history, (task, done) = getattr(original.model, "_own_history", {}), original.at
+    rounds = [kept for (t, r), kept in sorted(history.items()) if t == task and r < done]
     return {"bound": sensitivity(rounds, original.asked, list(who))[-1]} if rounds else {}
 
 

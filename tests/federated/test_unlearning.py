@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import main
-from federated.unlearning import request_name, request_point, requests
+from federated.unlearning import request_name, request_point, requests, samples
 from tests.helpers import rows
 from unlearning.fedquit import quiet
 from unlearning.pga import distance
@@ -112,6 +112,19 @@ def test_everything_by_its_command(run, tmp_path):
     assert next(tmp_path.rglob("unlearning.png")).stat().st_size > 5000
     assert float(table[0]["bound"]) == float(table[1]["bound"]) > 0
     assert table[0]["n_forget"] != table[2]["n_forget"] == table[3]["n_forget"]
+
+
+def test_unseen_images_have_the_clients_mix(rig):
+    """Over all tasks, not within each: three classes in the ratio in which the client has them."""
+    r = rig("--model fedavg --fl --num_clients 4 --partition_mode quantity --class_quantity 1", rig.MLP)
+    stage = Namespace(dataset=r.dataset, args=r.args)
+    got = samples(stage, r.partition, [2], 5, 0)
+    mine = torch.cat([r.dataset.train_labels[i] for _, i, _ in got["forget"]]).bincount(minlength=10)
+    unseen = torch.cat([r.dataset.eval_labels[i] for _, i, _ in got["forget_test"]]).bincount(minlength=10)
+    ratio = unseen[mine > 0] / mine[mine > 0]
+    assert (unseen[mine == 0] == 0).all() and float(ratio.max() - ratio.min()) < 0.03
+    assert sum(len(i) for _, i, _ in got["forget"]) + sum(len(i) for _, i, _ in got["retain"]) == 1438
+    assert sum(len(i) for _, i, _ in got["test"]) == 359
 
 
 def test_the_run_itself_does_not_change(run, tmp_path):
