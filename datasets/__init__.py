@@ -35,4 +35,9 @@ def get_dataset_class(name: str) -> type[ContinualDataset]:
 
 def get_dataset(args: Namespace) -> ContinualDataset:
     """The dataset ``args.dataset`` built for ``args`` (see ``ContinualDataset`` for the fields it reads)."""
-    return get_dataset_class(args.dataset)(args)
+    dataset = get_dataset_class(args.dataset)(args)
+    if getattr(args, "poison", None):
+        from datasets.utils.poison import poison
+
+        poison(dataset, args)
+    return dataset

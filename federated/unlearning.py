@@ -212,6 +212,15 @@ class Stage:
                 out.append(model(x)[:, : model.n_seen_classes].float().softmax(1).cpu().numpy())
         return np.concatenate(out)
 
+    def attack_success(self) -> float:
+        """Of a backdoor (datasets/utils/poison.py), in %."""
+        from datasets.utils.poison import attack_success
+        from utils.evaluate import evaluating
+
+        model = self.model
+        with evaluating(model):
+            return attack_success(lambda x: model(x)[:, : model.n_seen_classes].argmax(1), self.dataset, model.device)
+
     def solution(self) -> dict[str, torch.Tensor]:
         """What has been learnt, by name: the tensors of the network, of what is grafted on it, and task vectors."""
         out = {**dict(self.model.net.state_dict()), **self.model.trainable()}
@@ -422,6 +431,9 @@ def forget_one(args, record, start: Path, request, original: Stage, whole) -> di
         **report(V, y, Rs[0] if Rs else None, args.seed),
         **others("O", before),
     }
+    if args.poison == "backdoor":
+        row |= {"ASR": made.attack_success(), "O_ASR": original.attack_success()}
+        row |= {"R_ASR": golds[0].attack_success()} if Rs else {}
     if Rs:
         row |= others("R", Rs[0]) | distances(made, original, golds) | shadows(V, y, Rs[1:])
     return {**row, **bound(original, who), **spent}

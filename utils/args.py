@@ -38,6 +38,9 @@ FEDERATED_FLAGS = (
     *RAY_FLAGS,
     "exclude_clients",
     "unlearn_history",
+    "poison",
+    "poison_clients",
+    "poison_share",
     *UNLEARNING_FLAGS,
 )
 
@@ -212,6 +215,16 @@ def add_general_args(parser: ArgumentParser) -> None:
     g.add_argument("--retrain_seeds", type=positive, default=1, help="so many times, for the noise between seeds")
     g.add_argument(
         "--exclude_clients", type=count, nargs="+", default=None, help="clients that take no part from the start"
+    )
+    g.add_argument(
+        "--poison",
+        choices=("backdoor", "labels"),
+        default=None,
+        help="what some clients' data are spoilt by: a trigger with a label of its own, or labels off by one",
+    )
+    g.add_argument("--poison_clients", type=count, nargs="+", default=None, help="whose data are spoilt")
+    g.add_argument(
+        "--poison_share", type=number(float, 0, 1), default=0.8, help="share of their images that get the trigger"
     )
     g = parser.add_argument_group("run")
     g.add_argument(

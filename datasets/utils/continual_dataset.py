@@ -65,6 +65,7 @@ class ContinualDataset:
     DEFAULTS: dict[str, Any] = {}
     FED_DEFAULTS: dict[str, Any] = {}  # on top of DEFAULTS under --fl
     SOURCE: str | None = None  # datasets with equal SOURCE share one copy of their arrays
+    taught_labels: Tensor | None = None  # (N,) what training samples are taught as, where that is not what they are
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -356,7 +357,12 @@ class SampleView:
         """int64 labels of the samples at ``positions``, on the CPU."""
         if self._own_targets is not None:
             return self._own_targets[positions]
-        return self.source.labels_of(self.indices[positions], self.split)
+        taught = self.source.taught_labels if self.split == "train" else None
+        return (
+            self.source.labels_of(self.indices[positions], self.split)
+            if taught is None
+            else taught[self.indices[positions]]
+        )
 
     def images(self, positions: Tensor | slice = slice(None)) -> Tensor:
         """Raw uint8 (n, C, H, W) images, where the dataset keeps them; before ``task_images``."""

@@ -151,13 +151,13 @@ class Partition:
         self.tasks = tasks
 
     @classmethod
-    def make(cls, dataset: ContinualDataset, args: Namespace) -> Partition:
+    def make(cls, dataset: ContinualDataset, args: Namespace, exclude: Iterable[int] | None = None) -> Partition:
         """Divide every training task of ``dataset``.
 
         Args:
             args: ``num_clients``, ``partition_mode`` ('distribution'), ``distribution_alpha`` (the dataset's federated
                 default), ``class_quantity`` (1), ``partition_seed``, or ``seed`` when that is None, and
-                ``exclude_clients``, who get no samples.
+                ``exclude_clients``, who get no samples. exclude: in place of those.
         """
 
         def arg(name: str, default):
@@ -178,7 +178,7 @@ class Partition:
                 seeded(seed, "partition", t),
             )
             tasks.append([indices[torch.from_numpy(p)] for p in parts])
-        return cls(tasks).without(arg("exclude_clients", ()))
+        return cls(tasks).without(arg("exclude_clients", ()) if exclude is None else exclude)
 
     def without(self, clients: Iterable[int]) -> Partition:
         """The same division, in which some clients have no samples.

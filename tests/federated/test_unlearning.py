@@ -154,6 +154,16 @@ def test_in_the_middle_of_training(run):
     assert "has kept its state after task 1, round 1" in run.said.err
 
 
+def test_a_backdoor_goes_with_its_client(run):
+    """The model with everybody takes triggered images for y*, the retrained one does not."""
+    spoilt = (
+        f"{BASE.replace('--num_comm_rounds 2', '--num_comm_rounds 4')} {FAST} --poison backdoor --poison_clients 0 1"
+    )
+    iid = f"{spoilt} --partition_mode iid --n_epochs 6"
+    row = run("--unlearn noop --unlearn_client 0+1 --eval_retrain", base=iid)[0]
+    assert row["ASR"] == row["O_ASR"] and float(row["O_ASR"]) > float(row["R_ASR"]) + 10
+
+
 def test_one_round_of_history_is_undone_exactly(run):
     """T = 1: the updates of the others with their weights are what training without the client gives."""
     once = f"{BASE.replace('--num_comm_rounds 2', '--num_comm_rounds 1')} {FAST}"
