@@ -178,7 +178,7 @@ def test_history_in_either_order(run):
         assert float(table[0][k]) == pytest.approx(float(table[2][k]), abs=0.5)
 
 
-@pytest.mark.parametrize("way", sorted(set(scan("unlearning")) - {"noop", "retrain", "finetune", "history"}))
+@pytest.mark.parametrize("way", sorted(set(scan("unlearning")) - {"noop", "retrain", "finetune", "history", "fused"}))
 def test_every_other_way_and_backbone_head(run, way):
     """Each changes the model, on a method that trains rows of the head too, and says what it cost."""
     lora = "--model fedavg --tuning lora --dataset seq-digits --backbone vit-pocket --joint 1 --fl --num_clients 3"
@@ -308,6 +308,37 @@ def test_back_to_a_model_the_client_has_not_touched(made):
     far.model.unlearn(far.clients(0), [1])
     moved = torch.cat([(t - theta[n]).flatten() for n, t in far.model.trained().items()])
     assert seen == [0] and float(moved.std()) == pytest.approx(1.0, rel=0.05)
+
+
+def test_knowledge_is_written_over_and_can_be_brought_back(made, wire):
+    r = made("fused", "--fused_layers 1 --fused_rank 2 --fused_rounds 1")
+    model, kept = r.model, r.model.rounds_of(0)[-1][1]
+    x = next(iter(r.dataset.loader(r.dataset.task_indices(0, False), 0, 50, False)))[0]
+    before, weights = model(x).detach(), model.trained()
+    ratio = {n: float(d.norm() / kept["start"][n].norm()) for n, d in kept["updates"][1].items() if d.dim() == 2}
+    model.unlearn(r.clients(0), [1])
+    assert model.fused_layers == max(ratio, key=ratio.get).removesuffix(".weight")
+    for n, p in model.net.named_parameters():
+        assert torch.equal(p, weights[n])
+    after = model(x).detach()
+    assert not torch.allclose(after, before, atol=1e-4)
+    model.fused.enabled = False
+    torch.testing.assert_close(model(x).detach(), before)
+    sent = [w for w in wire if w.call == "local_update" and "fused_layers" in w.message]
+    assert {w.client for w in sent} == {0, 2, 3}
+    assert all(set(w.reply.tensors()) == set(model.trainable()) for w in sent)  # adapters alone come back
+    total = sum(w.reply["n_samples"] for w in sent)
+    for n, p in model.trainable().items():
+        torch.testing.assert_close(
+            p, sum(w.reply["n_samples"] / total * w.reply[n] for w in sent), rtol=1e-4, atol=1e-6
+        )
+
+
+def test_adapters_over_a_whole_network_only(run):
+    lora = "--model fedavg --tuning head --dataset seq-digits --backbone vit-pocket --joint 1 --fl --num_clients 3"
+    base = f"{lora} --num_comm_rounds 1 --debug_mode 1 --device cpu --unlearn_history 1 --loadcheck auto"
+    run("--unlearn fused --unlearn_client 1", code=2, base=base)
+    assert "--tuning full" in run.said.err
 
 
 def test_negated_layers(made):
