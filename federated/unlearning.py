@@ -417,6 +417,7 @@ def forget_one(args, record, start: Path, request, original: Stage, whole) -> di
     row = {
         "method": args.model if args.unlearn == "own" else args.unlearn,
         "model": args.model,
+        "regime": getattr(args, "regime", None),
         "dataset": args.dataset,
         "K": args.num_clients,
         "beta": args.distribution_alpha if args.partition_mode == "distribution" else None,
