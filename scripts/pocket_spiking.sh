@@ -18,6 +18,7 @@ ROWS=(
   "--model staer --buffer_size $BUFFER --beta 0.001"
   "--model staer --buffer_size $BUFFER --beta 0.01"
   "--model staer --buffer_size $BUFFER --beta 0.1"
+  "--model staer --buffer_size $BUFFER --beta 1"
   "--model staer --buffer_size $BUFFER --bn_update main_only"
   "--model staer --buffer_size $BUFFER --staer_buffers shared"
   "--model staer --buffer_size $BUFFER --staer_resample interp"
