@@ -48,7 +48,7 @@ class ImageNetVal(MappedDataset):
     SIZE = (224, 224)
     MEAN, STD = CLIP
     DEFAULTS = {"backbone": "clip", "n_epochs": 1, "batch_size": 128}
-    FED_DEFAULTS = {"num_clients": 10, "distribution_alpha": 0.5}
+    FED_DEFAULTS = {"num_comm_rounds": 5, "num_clients": 10, "distribution_alpha": 0.5}
 
     def prompts(self) -> list[list[str]]:
         """Seven for each class, with the first of its names."""
