@@ -8,7 +8,7 @@ import torch
 
 from federated.engines.base import LOST, checked, chunks, in_order
 from federated.message import Message, Reply
-from utils.conf import set_random_seed
+from utils.conf import make_generator, set_random_seed
 from utils.errors import RunError
 
 COLUMNS = ("task", "round", "client", "call", "uplink_bytes", "downlink_bytes")
@@ -76,6 +76,15 @@ class Ledger:
         self._blocks, self._latest, self.calls = [state["rows"]], [], list(state["calls"])
         self.held = state["held"]
         self.uplink, self.downlink = state["uplink"], state["downlink"]
+
+
+def participants(args, ids: list[int], task: int, round_: int) -> list[int]:
+    """The clients drawn for a round: ``max(1, int(rate * len(ids)))`` of those that own samples of the task."""
+    k = max(1, int(args.participation_rate * len(ids)))
+    if k == len(ids):
+        return list(ids)
+    order = torch.randperm(len(ids), generator=make_generator(args.seed, "participants", task, round_))
+    return sorted(ids[i] for i in order[:k].tolist())
 
 
 def _draw_seed() -> int:

@@ -5,23 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import closing
 
-import torch
-
-from federated.clients import Clients, Ledger
+from federated.clients import Clients, Ledger, participants
 from federated.engines import make_engine
 from federated.unlearning import request_point
-from utils.conf import make_generator, set_random_seed
+from utils.conf import set_random_seed
 from utils.loggers import Table
 from utils.training import Session
-
-
-def participants(args, ids: list[int], task: int, round_: int) -> list[int]:
-    """The clients drawn for a round: ``max(1, int(rate * len(ids)))`` of those that own samples of the task."""
-    k = max(1, int(args.participation_rate * len(ids)))
-    if k == len(ids):
-        return list(ids)
-    order = torch.randperm(len(ids), generator=make_generator(args.seed, "participants", task, round_))
-    return sorted(ids[i] for i in order[:k].tolist())
 
 
 def recorder(server, history: dict, when: tuple[int, int]) -> Callable:

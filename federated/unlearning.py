@@ -19,19 +19,25 @@ import json
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from datasets.utils.partition import Partition
+from federated.clients import Clients, Ledger
+from federated.engines import make_engine
+from utils import checkpoints
 from utils.args import UNLEARNING_FLAGS
+from utils.conf import set_random_seed
 from utils.errors import UserError
+from utils.evaluate import EVAL_BATCH, evaluating
+from utils.loggers import Run, write_csv
 from utils.registry import scan
-from utils.unlearning_metrics import auc, distance, lira, log_odds, report, same_mix, tpr_at
-
-TRAINING = ("local_update", "for_epochs", "ascend", "distil_quiet")  # calls that count as rounds
+from utils.training import Interrupted, Session
+from utils.unlearning_metrics import auc, distance, figures, lira, log_odds, report, same_mix, tpr_at
 
 # ---------------------------------------------------------------- what is asked for
 
@@ -122,20 +128,21 @@ class Stage:
 
     Args:
         args: of the run. run: its folder, for messages. checkpoint: file.
+
+    Attributes:
+        at: (task, rounds of it that were done) then. asked: copies of what is trained, as it was then.
+        seconds: spent on unlearning and recovery.
     """
 
     def __init__(self, args, run, checkpoint: Path) -> None:
         import main
-        from datasets.utils.partition import Partition
-        from federated.clients import Ledger
         from federated.simulator import Untouched
-        from utils import checkpoints
 
         self.args = copy.deepcopy(args)
         self.args.unlearn_client, self.args.savecheck = None, "none"
         self.dataset, self.model, self.worker, fresh = main.build(self.args)
         self.partition = Partition.make(self.dataset, self.args)
-        self.session = silent_session(self.args, self.dataset, self.model, Quiet(run), fresh)
+        self.session = Silent(self.args, self.dataset, self.model, Quiet(run), fresh)
         self.ledger, self.states = Ledger(), {}
         self.session.nets.append(self.worker.net)
         self.session.resume(checkpoints.read(checkpoint), {"clients": Untouched(self.worker.fresh_state)})
@@ -146,30 +153,28 @@ class Stage:
         if history is not None:
             self.model._own_history = history
         self.seconds, self.at = 0.0, (self.session.cursor["task"], self.session.cursor["step"] - 1)
-        self.asked = {n: p.detach().cpu().clone() for n, p in self.model.trainable().items()}  # when it was asked
+        self.asked = {n: p.detach().cpu().clone() for n, p in self.model.trainable().items()}
+        self._said: dict[tuple[int, bool], tuple[np.ndarray, np.ndarray]] = {}
+
+    def engine(self):
+        """Where those of the division that is in force now train."""
+        return closing(make_engine(self.worker, self.partition, self.states, self.args, self.session.run.say))
 
     @contextmanager
-    def group(self, partition):
-        """The clients that own samples of the current task, in a division."""
-        from federated.clients import Clients
-        from federated.engines import make_engine
-
-        task = self.session.cursor["task"]
-        with closing(make_engine(self.worker, partition, self.states, self.args, self.session.run.say)) as engine:
-            ids = [i for i, n in enumerate(partition.sizes(task)) if n > 0]
-            yield Clients(ids, engine, self.ledger, task)
+    def clients(self) -> Iterator[Clients]:
+        """Those that own samples of the current task; the time they take counts."""
+        began, task = time.perf_counter(), self.session.cursor["task"]
+        with self.engine() as engine:
+            yield Clients([i for i, n in enumerate(self.partition.sizes(task)) if n > 0], engine, self.ledger, task)
+        self.seconds += time.perf_counter() - began
 
     def forget(self, who: Sequence[int]) -> None:
         """The way to unlearn, then the clients are gone."""
-        from utils.conf import set_random_seed
-
         while self.dataset.c_task < self.session.cursor["task"]:
             self.dataset.get_data_loaders()
-        began = time.perf_counter()
         set_random_seed(self.args.seed, "unlearn", *who)
-        with self.group(self.partition) as clients:
+        with self.clients() as clients:
             self.model.unlearn(clients, list(who))
-        self.seconds += time.perf_counter() - began
         self.partition = self.partition.without(who)
         for u in who:
             self.states.pop(u, None)
@@ -181,41 +186,35 @@ class Stage:
 
     def recover(self, rounds: int) -> None:
         """Rounds of those that are left."""
-        from federated.simulator import participants
-        from utils.conf import set_random_seed
-
-        began, task = time.perf_counter(), self.session.cursor["task"]
-        with self.group(self.partition) as clients:
-            for _ in range(rounds):
-                r = self.model.next_round()
-                set_random_seed(self.args.seed, "server", task, "recover", r)
-                self.model.round(clients.only(participants(self.args, clients.ids, task, r)).at(r), r)
-        self.seconds += time.perf_counter() - began
+        with self.clients() as clients:
+            self.model.more_rounds(clients, rounds, "recover")
 
     def finish(self) -> None:
         """What is left of the run, without those that are gone."""
-        from federated.engines import make_engine
         from federated.simulator import tasks
 
-        with closing(make_engine(self.worker, self.partition, self.states, self.args, self.session.run.say)) as engine:
+        with self.engine() as engine:
             tasks(self.session, engine, self.ledger, self.partition)
 
     @torch.no_grad()
     def probabilities(self, indices: torch.Tensor, task: int, train: bool) -> np.ndarray:
-        """softmax over the classes seen (n, C) of training or test images of a task, with the test transform."""
-        from utils.evaluate import evaluating
+        """softmax over the classes seen (n, C) of training or test images of a task, with the test transform.
 
-        model, out = self.model, [np.empty((0, self.model.n_seen_classes), dtype=np.float32)]
-        loader = self.dataset.loader(indices, task, 256, False, split="train" if train else "test", device=model.device)
-        with evaluating(model):
-            for x, _ in loader if len(indices) else ():
-                out.append(model(x)[:, : model.n_seen_classes].float().softmax(1).cpu().numpy())
-        return np.concatenate(out)
+        All images of the task are shown to the model, once: the sets that are compared are parts of them.
+        """
+        if (task, train) not in self._said:
+            model, out, everything = self.model, [], self.dataset.task_indices(task, train)
+            split = "train" if train else "test"
+            with evaluating(model):
+                for x, _ in self.dataset.loader(everything, task, EVAL_BATCH, False, split=split, device=model.device):
+                    out.append(model(x)[:, : model.n_seen_classes].float().softmax(1).cpu().numpy())
+            self._said[task, train] = everything.numpy(), np.concatenate(out)
+        everything, p = self._said[task, train]
+        return p[np.searchsorted(everything, indices.numpy())]
 
     def attack_success(self) -> float:
         """Of a backdoor (datasets/utils/poison.py), in %."""
         from datasets.utils.poison import attack_success
-        from utils.evaluate import evaluating
 
         model = self.model
         with evaluating(model):
@@ -239,18 +238,14 @@ class Quiet:
         self.say = lambda text="", screen=True: run.say(f"  {text}", screen=False)
 
 
-def silent_session(*args):
+class Silent(Session):
     """A session that measures nothing on its way."""
-    from utils.training import Session
 
-    class Silent(Session):
-        def measure(self, task, step, extra=None) -> dict:
-            return {}
+    def measure(self, task, step, extra=None) -> dict:
+        return {}
 
-        def report(self, row, task, what) -> None:
-            pass
-
-    return Silent(*args)
+    def report(self, row, task, what) -> None:
+        pass
 
 
 # ---------------------------------------------------------------- the comparison
@@ -317,8 +312,6 @@ def with_settings(args, who: Sequence[int], seed: int):
 def retrained(args) -> tuple[Path, dict]:
     """A run of :func:`with_settings`, made if it is not there: (its checkpoint, its summary)."""
     import main
-    from utils.loggers import Run
-    from utils.training import Interrupted
 
     if main.run(args):
         raise Interrupted
@@ -339,7 +332,6 @@ def settings_key(args, request) -> str:
 
 def forget_clients(args, record) -> None:
     """Carry out every request of ``--unlearn_client`` on a run that is over."""
-    from utils.loggers import write_csv
     from utils.report_plots import plot_unlearning
 
     file = record.path / "unlearning.csv"
@@ -347,23 +339,21 @@ def forget_clients(args, record) -> None:
     if file.exists():
         with open(file, newline="") as f:
             rows = list(csv.DictReader(f))
-    start, done = start_of(record), {r["key"] for r in rows}
-    original = Stage(args, record, start)
-    whole = original.partition
-    point = request_point(args, original.dataset.n_train_tasks)
-    here = original.at
-    if here != point:
+    asked = {settings_key(args, request): request for request in requests(args)}
+    for row in rows:
+        if row["key"] in asked:
+            record.say(f"already there: {args.unlearn}, client {request_name(asked.pop(row['key']))}")
+    if not asked:
+        return
+    original = Stage(args, record, start_of(record))
+    if original.at != request_point(args, original.dataset.n_train_tasks):
         raise UserError(
-            f"--unlearn_at {args.unlearn_at}: {record.path} has kept its state after task {here[0] + 1}, round "
-            f"{here[1]}; use that, or train a run of its own"
+            f"--unlearn_at {args.unlearn_at}: {record.path} has kept its state after task {original.at[0] + 1}, round "
+            f"{original.at[1]}; use that, or train a run of its own"
         )
     original.finish()
-    for request in requests(args):
-        key = settings_key(args, request)
-        if key in done:
-            record.say(f"already there: {args.unlearn}, client {request_name(request)}")
-            continue
-        row = forget_one(args, record, start, request, original, whole)
+    for key, request in asked.items():
+        row = forget_one(args, record, request, original)
         rows.append({"key": key, **row})
         write_csv(file, rows)
         plot_unlearning(rows, record.path / "unlearning.png")
@@ -375,45 +365,39 @@ def request_name(request: list[list[int]]) -> str:
     return ",".join("+".join(map(str, step)) for step in request)
 
 
-def forget_one(args, record, start: Path, request, original: Stage, whole) -> dict:
+def forget_one(args, record, request, original: Stage) -> dict:
     """One request: a row of unlearning.csv."""
-    who, golds, cost = [u for step in request for u in step], [], {}
+    who, golds, summaries = [u for step in request for u in step], [], []
     compare = bool(args.eval_retrain)
     for s in range(args.retrain_seeds if compare else int(args.unlearn == "retrain")):
         again = with_settings(args, who, args.seed + s)
         checkpoint, summary = retrained(again)
         golds.append(Stage(again, record, checkpoint))
-        cost = cost or summary
+        summaries.append(summary)
     if args.unlearn == "retrain":
         made = golds[0]
         spent = {
             "rounds": args.num_comm_rounds * original.dataset.n_train_tasks,
-            "mb_up": float(cost["uplink_mb"]),
-            "mb_down": float(cost["downlink_mb"]),
-            "seconds": float(cost["train_seconds"]),
+            "mb_up": float(summaries[0]["uplink_mb"]),
+            "mb_down": float(summaries[0]["downlink_mb"]),
+            "seconds": float(summaries[0]["train_seconds"]),
         }
     else:
-        made = Stage(args, record, start)
+        made = Stage(args, record, start_of(record))
         up, down, known = made.ledger.uplink, made.ledger.downlink, len(made.ledger)
         for step in request:
             made.forget(step)
         made.recover(args.recover_rounds)
-        calls = Counter((r["call"], r["client"]) for r in made.ledger.rows(known) if r["call"] in TRAINING)
         spent = {
-            "rounds": sum(max(n for (c, _), n in calls.items() if c == call) for call in {c for c, _ in calls}),
+            "rounds": rounds_of(made.ledger.rows(known), getattr(made.model, "TRAINING", ("local_update",))),
             "mb_up": (made.ledger.uplink - up) / 1e6,
             "mb_down": (made.ledger.downlink - down) / 1e6,
             "seconds": made.seconds,
         }
         made.finish()
-    sets = samples(original, whole, who, original.dataset.n_train_tasks, args.seed)
-    (V, y), (before, _) = outputs(made, sets), outputs(original, sets)
+    sets = samples(original, original.partition, who, original.dataset.n_train_tasks, args.seed)
+    (V, y), (O, _) = outputs(made, sets), outputs(original, sets)  # noqa: E741 - the paper's names
     Rs = [outputs(stage, sets)[0] for stage in golds] if compare else []
-    short = ("FA", "RA", "FTA", "TA", "mia_loss_auc")
-
-    def others(name: str, p) -> dict:
-        return {f"{name}_{k}": v for k, v in report(p, y, None, args.seed).items() if k in short}
-
     row = {
         "method": args.model if args.unlearn == "own" else args.unlearn,
         "model": args.model,
@@ -430,14 +414,21 @@ def forget_one(args, record, start: Path, request, original: Stage, whole) -> di
         "recover_rounds": args.recover_rounds,
         **{k: getattr(args, k) for k in args.unlearning_flags if k not in UNLEARNING_FLAGS},
         **report(V, y, Rs[0] if Rs else None, args.seed),
-        **others("O", before),
+        **{f"O_{k}": v for k, v in figures(O, y).items()},
     }
     if args.poison == "backdoor":
         row |= {"ASR": made.attack_success(), "O_ASR": original.attack_success()}
         row |= {"R_ASR": golds[0].attack_success()} if Rs else {}
     if Rs:
-        row |= others("R", Rs[0]) | distances(made, original, golds) | shadows(V, y, Rs[1:])
+        row |= {f"R_{k}": v for k, v in figures(Rs[0], y).items()}
+        row |= distances(made, original, golds) | shadows(V, y, Rs[1:])
     return {**row, **bound(original, who), **spent}
+
+
+def rounds_of(rows: list[dict], training: Sequence[str]) -> int:
+    """Rounds in rows of the ledger: for each call that trains, how often the busiest client was asked."""
+    asked = Counter((r["call"], r["client"]) for r in rows)
+    return sum(max((n for (call, _), n in asked.items() if call == name), default=0) for name in training)
 
 
 def bound(original: Stage, who: Sequence[int]) -> dict:
@@ -469,13 +460,11 @@ def shadows(V: dict, y: dict, Rs: list[dict]) -> dict:
 
 def say_row(record, row: dict) -> None:
     """The row in a line."""
-
-    def shown(name):
-        return "" if row.get(name) is None else f"{row[name]:.1f}"
-
-    text = f"{row['method']} without client {row['client']}: "
-    text += ", ".join(
-        f"{what} {shown(k)} (all {shown('O_' + k)}" + (f", retrained {shown('R_' + k)})" if "R_FA" in row else ")")
-        for k, what in (("FA", "forgotten"), ("RA", "retained"), ("TA", "test"))
+    parts = []
+    for k, what in (("FA", "forgotten"), ("RA", "retained"), ("TA", "test")):
+        gold = f", retrained {row[f'R_{k}']:.1f}" if f"R_{k}" in row else ""
+        parts.append(f"{what} {row[k]:.1f} (all {row[f'O_{k}']:.1f}{gold})")
+    record.say(
+        f"{row['method']} without client {row['client']}: {', '.join(parts)} | {row['rounds']} rounds, "
+        f"up {row['mb_up']:.2f} MB, {row['seconds']:.1f} s"
     )
-    record.say(text + f" | {row['rounds']} rounds, up {row['mb_up']:.2f} MB, {row['seconds']:.1f} s")

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from backbones.utils.moments import exact_float32
 from federated.message import Message
-from models.task_arithmetic import TaskArithmetic
+from models.task_arithmetic import TaskArithmetic, merger_parser
 from models.utils.gpm import pack_triu, unpack_triu
 from models.utils.kfac import Block
 from models.utils.merging import regression_merge, scale_off_diagonal, solve_gram, wide
@@ -47,11 +47,11 @@ class Com(TaskArithmetic):
     """Experts of tasks merged by least squares."""
 
     NAME = "com"
+    NEEDS_WEIGHTS = "what layers see is of networks whose weights are merged"
 
     @staticmethod
     def get_parser(parser):
-        TaskArithmetic.get_parser(parser)
-        parser.set_defaults(regime="full")
+        merger_parser(parser, 100)
         add = parser.add_argument
         add(
             "--com_granularity",
@@ -67,16 +67,11 @@ class Com(TaskArithmetic):
         )
         add("--com_task_weight", choices=("none", "offdiag", "inv_offdiag"), default="none", help="lambda_i")
         add("--com_alpha", type=number(float, 0, 1), default=1.0, help="off-diagonal scaling of Gram matrices")
-        add("--calib_examples", type=number(int, 0), default=100, help="images of each client and task (0: all)")
         add("--merge_bias", choices=("mean", "joint"), default="mean", help="joint: biases by the same regression")
         add("--skip_identical", type=flag01, default=1, help="1: layers that no expert has changed stay")
         return parser
 
     def __init__(self, backbone, loss, args, transform, dataset=None):
-        if args.regime == "linear":
-            raise UserError(
-                "--regime linear: what layers see is of networks whose weights are merged; use full or attention"
-            )
         if args.com_target == "expert_output" and args.com_granularity != "linear":
             raise UserError("--com_target expert_output needs --com_granularity linear")
         super().__init__(backbone, loss, args, transform, dataset)

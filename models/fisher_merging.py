@@ -19,11 +19,10 @@ from torch import Tensor
 
 from backbones.utils.base import plain_attention
 from federated.message import Message
-from models.task_arithmetic import TaskArithmetic
+from models.task_arithmetic import TaskArithmetic, merger_parser
 from models.utils.fisher import fisher_diagonal
 from models.utils.merging import fisher_mean
-from utils.args import flag01, number
-from utils.errors import UserError
+from utils.args import flag01
 from utils.evaluate import evaluating
 
 
@@ -31,12 +30,11 @@ class FisherMerging(TaskArithmetic):
     """Experts of tasks, averaged weight by weight by their Fisher information."""
 
     NAME = "fisher_merging"
+    NEEDS_WEIGHTS = "weights are merged that the network itself has"
 
     @staticmethod
     def get_parser(parser):
-        TaskArithmetic.get_parser(parser)
-        parser.set_defaults(regime="full")
-        add = parser.add_argument
+        add = merger_parser(parser, 256).add_argument
         add(
             "--fisher_labels",
             choices=("drawn", "data"),
@@ -44,13 +42,7 @@ class FisherMerging(TaskArithmetic):
             help="labels whose likelihood is differentiated: drawn from what the expert says, or the images' own",
         )
         add("--fisher_normalize", type=flag01, default=1, help="1: the Fisher diagonal of each expert has length one")
-        add("--calib_examples", type=number(int, 0), default=256, help="images of each client and task (0: all)")
         return parser
-
-    def __init__(self, backbone, loss, args, transform, dataset=None):
-        if args.regime == "linear":
-            raise UserError("--regime linear: weights are merged that the network itself has; use full or attention")
-        super().__init__(backbone, loss, args, transform, dataset)
 
     # ---------------------------------------------------------------- server
 

@@ -108,8 +108,8 @@ class Sata(TaskArithmetic):
         if args.merging != "ta":
             raise UserError("sata takes vectors out of a sum: leave --merging at ta")
         super().__init__(backbone, loss, args, transform, dataset)
-        self.custody: dict[int, dict[int, dict[str, Tensor]]] = {}  # task -> client -> iota, with --iso_custody server
-        self.steps_of: dict[int, dict[int, dict[str, Tensor]]] = {}  # task -> client -> sum_t p_u D_u,t
+        # task -> client -> what is to be taken out, where the server keeps it: iota, or sum_t p_u D_u,t
+        self.stored: dict[int, dict[int, dict[str, Tensor]]] = {}
 
     def fresh_state(self) -> dict:
         return {"iso": {}}
@@ -118,91 +118,77 @@ class Sata(TaskArithmetic):
 
     @torch.no_grad()
     def merged(self, current, replies, weights):
-        t = self.current_task
-        before = {n: p.detach().clone() for n, p in current.items()}
         if self.args.sata_aggregate == "sum":
             weights = [1.0] * len(weights)
-            out = {n: b + sum(r[n].to(b) - b for r in replies) for n, b in before.items()}
-        else:
-            out = super().merged(current, replies, weights)
-        for r, w in zip(replies, weights, strict=True):
-            kept = self.steps_of.setdefault(t, {}).setdefault(r.client, {})
-            for n, b in before.items() if self.args.sata_source == "fed_history" else ():
-                step = w * (r[n].to(b) - b)
-                name = n.removeprefix("tau.")
-                kept[name] = kept[name] + step if name in kept else step
-            isolated = r.tensors("iso.")
-            if isolated:
-                self.custody.setdefault(t, {})[r.client] = {n: v.to(self.device) for n, v in isolated.items()}
-        return out
+        steps = [{n: w * (r[n].to(p) - p.detach()) for n, p in current.items()} for r, w in zip(replies, weights)]
+        for r, step in zip(replies, steps):
+            vectors = self.stored.setdefault(self.current_task, {})
+            if self.args.sata_source == "fed_history":
+                taus = {n.removeprefix("tau."): d for n, d in step.items()}
+                vectors[r.client] = combined([vectors.get(r.client, self._own_lin.zeros()), taus], [1.0, 1.0])
+            elif isolated := r.tensors("iso."):
+                vectors[r.client] = {n: v.to(self.device) for n, v in isolated.items()}
+        if self.args.sata_aggregate == "sum":
+            return {n: p.detach() + sum(step[n] for step in steps) for n, p in current.items()}
+        return super().merged(current, replies, weights)
 
     # ---------------------------------------------------------------- server: forgetting
 
     def unlearn(self, clients, who: Sequence[int]) -> None:
-        """tau' of every task so far, from one message of each leaving client; the others are not asked.
+        """tau' of every task so far, from one message of each leaving client.
 
-        ``--sata_lambda val`` alone asks the others for accuracies.
+        The others say how many samples they have, and with ``--sata_lambda val`` how many images are right.
         """
         under_way = len(self.taus) == self.current_task  # the task's own vector is still in ``tau``
         vectors = [*self.taus, *([{n: p.detach().clone() for n, p in self.current_tau().items()}] if under_way else [])]
-        taken: list[tuple[list[Vector], list[float], list[int]]] = []
+        taken: list[tuple[list[Vector], list[float]]] = []  # of each task: iota_u and p_u of those who leave
         for t in range(len(vectors)):
             of_task = clients.of_task(t)
             sizes = {r.client: r["n_samples"] for r in of_task.call("size", Message({}))}
             n = sum(sizes.values())
             leaving = [u for u in who if u in sizes]
-            taken.append((self.isolated(of_task, leaving, t), [sizes[u] / n for u in leaving], leaving))
+            taken.append((self.isolated(of_task, leaving, t), [sizes[u] / n for u in leaving]))
             if self.args.sata_head and leaving and t in self.class_totals:
                 gone = of_task.only(leaving).sum("class_sums", Message({}))
                 sums, counts = self.class_totals[t]
                 self.class_totals[t] = (sums - gone["sums"].to(sums), counts - gone["counts"].to(counts))
                 self.write_rows(t)
-        same = self.best_lambda(clients, who, vectors, taken) if self.args.sata_lambda == "val" else None
-        for t, (tau, (iotas, shares, _)) in enumerate(zip(vectors, taken)):
-            rule = {"one": lambda *_: 1.0, "p": lambda i, p: p, "val": lambda *_: same}
-            rule["proj"] = lambda i, p, tau=tau: projection(tau, i)
-            lambdas = [rule[self.args.sata_lambda](i, p) for i, p in zip(iotas, shares)]
+        rule = self.args.sata_lambda
+        same = self.best_lambda(clients, who, vectors, [i for iotas, _ in taken for i in iotas]) if rule == "val" else 1
+        for t, (tau, (iotas, shares)) in enumerate(zip(vectors, taken)):
+            lambdas = {"p": shares, "proj": [projection(tau, i) for i in iotas]}.get(rule, [same] * len(iotas))
             vectors[t] = removed(tau, iotas, lambdas, shares, self.args.sata_renorm)
         for n, p in self.current_tau().items() if under_way else ():
             p.data = vectors[-1][n].to(p)
         self.taus = vectors[: len(self.taus)]
         self._own_merged = None
-        self.custody = {t: {k: v for k, v in kept.items() if k not in who} for t, kept in self.custody.items()}
-        self.steps_of = {t: {k: v for k, v in kept.items() if k not in who} for t, kept in self.steps_of.items()}
+        self.stored = {t: {k: v for k, v in kept.items() if k not in who} for t, kept in self.stored.items()}
 
     def isolated(self, of_task, leaving: Sequence[int], task: int) -> list[Vector]:
         """iota_u of the leaving clients for a task, or what stands for it."""
-        if not leaving:
-            return []
-        if self.args.sata_source == "fed_history":
-            zeros = self._own_lin.zeros()
-            return [self.steps_of.get(task, {}).get(u, zeros) for u in leaving]
-        if self.args.iso_custody == "server":
-            zeros = self._own_lin.zeros()
-            return [self.custody.get(task, {}).get(u, zeros) for u in leaving]
+        if self.args.sata_source == "fed_history" or self.args.iso_custody == "server":
+            return [self.stored.get(task, {}).get(u, self._own_lin.zeros()) for u in leaving]
         replies = of_task.only(leaving).call("isolated_vector", Message({"rows": self.rows}))
         return [{n: v.to(self.device) for n, v in r.tensors("iso.").items()} for r in replies]
 
-    def best_lambda(self, clients, who, vectors, taken) -> float:
+    def best_lambda(self, clients, who, vectors: list[Vector], iotas: list[Vector]) -> float:
         """See the head of the file; without held-out images of the leaving clients, the largest lambda allowed."""
         if not self.args.alpha_share:
             raise UserError("--sata_lambda val chooses by images held out: give --alpha_share above 0")
-        ones, n = [1.0] * len(vectors), len(vectors)
-        tau = combined(vectors, ones)
-        parts = [i for iotas, _, _ in taken for i in iotas]
-        if not parts:
+        if not iotas:
             return 0.0
-        out = combined(parts, [1.0] * len(parts))
+        out, tau = (combined(v, [1.0] * len(v)) for v in (iotas, vectors))
         message = Message(
             {**{f"0.{k}": v for k, v in out.items()}, **{f"1.{k}": v for k, v in tau.items()}, "rows": self.rows}
         )
 
-        def accuracy(of) -> Tensor:
-            found = sum(of(t).sum("right_without", message)["right"] for t in range(n) if len(of(t)))
+        def accuracy(leaving: bool) -> Tensor:
+            of_task = [clients.of_task(t) for t in range(len(vectors))]
+            groups = [c.only(u for u in c.ids if (u in who) == leaving) for c in of_task]
+            found = sum(g.sum("right_without", message)["right"] for g in groups if len(g))
             return found[:-1] / found[-1].clamp(min=1)
 
-        control = accuracy(lambda t: clients.of_task(t).only(set(clients.of_task(t).ids) - set(who)))
-        forget = accuracy(lambda t: clients.of_task(t).only(who))
+        control, forget = accuracy(False), accuracy(True)
         allowed = control >= KEPT * control[0]
         worst = torch.where(allowed, forget.cpu().to(control), torch.inf)
         best = int((worst == worst.min()).nonzero()[-1])  # of equally good ones the largest
@@ -223,25 +209,19 @@ class Sata(TaskArithmetic):
             client.generator.set_state(draws)  # the same batches: after one round both vectors are the same
             self.train_isolated(message, client)
             if self.args.iso_custody == "server":
-                iota = known.pop(client.task) if schedule == "once" else known[client.task]
-                reply = Message({**reply, **{f"iso.{n}": v for n, v in iota.items()}})
+                reply = Message({**reply, **{f"iso.{n}": v for n, v in known[client.task].items()}})
         return reply
 
     def train_isolated(self, message: Message, client) -> None:
         """iota_k a step further: what ``local_update`` does, from iota_k and back to it."""
-        known = client.state.setdefault("iso", {}).get(client.task)
-        names = list(self.trainable())
-        start = {n: torch.zeros_like(p) for n, p in self.trainable().items()}
-        if known is not None:
-            start = {f"tau.{n}": v for n, v in known.items()}
+        known = client.state.setdefault("iso", {})
+        start = known.get(client.task, self._own_lin.zeros())
         self._own_alone = self.args.iso_schedule != "every_round"
         try:
-            reply = super().local_update(Message({**message, **{n: start[n] for n in names}}), client)
+            reply = super().local_update(Message({**message, **{f"tau.{n}": v for n, v in start.items()}}), client)
         finally:
             self._own_alone = False
-        client.state.setdefault("iso", {})[client.task] = {
-            n.removeprefix("tau."): reply[n].detach().cpu().clone() for n in names
-        }
+        known[client.task] = {n: v.cpu().clone() for n, v in reply.tensors("tau.").items()}
 
     def local_epochs(self) -> int:
         if getattr(self, "_own_alone", False):

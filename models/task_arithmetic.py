@@ -58,12 +58,23 @@ def group_of(name: str, module: nn.Module) -> str:
     return "conv"
 
 
+def merger_parser(parser, images: int):
+    """Flags of methods that merge experts by what they learn of them from ``images`` images of each client and task."""
+    TaskArithmetic.get_parser(parser)
+    parser.set_defaults(regime="full")
+    parser.add_argument(
+        "--calib_examples", type=number(int, 0), default=images, help="images of each client and task (0: all)"
+    )
+    return parser
+
+
 class TaskArithmetic(FederatedModel):
     """A task vector for each task, trained apart; their sum in the test."""
 
     NAME = "task_arithmetic"
     COMPATIBILITY = ["class-il", "task-il"]
     SCALES_LOSS = False
+    NEEDS_WEIGHTS: str | None = None  # why a method cannot work in the tangent
 
     @staticmethod
     def get_parser(parser):
@@ -139,6 +150,8 @@ class TaskArithmetic(FederatedModel):
         return parser
 
     def __init__(self, backbone, loss, args, transform, dataset=None):
+        if self.NEEDS_WEIGHTS and args.regime == "linear":
+            raise UserError(f"--regime linear: {self.NEEDS_WEIGHTS}; use full or attention")
         backbone.requires_grad_(False)
         super().__init__(backbone, loss, args, transform, dataset)
         grid, pairs = args.alpha_grid, args.disentanglement

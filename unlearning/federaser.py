@@ -18,7 +18,6 @@ from utils.args import number
 
 class FedEraser(Unlearner):
     NAME = "federaser"
-    NEEDS_HISTORY = True
 
     @staticmethod
     def get_parser(parser):

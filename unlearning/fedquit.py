@@ -24,6 +24,7 @@ def quiet(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 class FedQUIT(Unlearner):
     NAME = "fedquit"
+    TRAINING = (*Unlearner.TRAINING, "distil_quiet")
 
     @staticmethod
     def get_parser(parser):
@@ -34,16 +35,11 @@ class FedQUIT(Unlearner):
     def unlearn(self, clients, who: list[int]) -> None:
         replies = clients.only(who).call("distil_quiet", self.broadcast())
         if replies:
-            weights = self.client_weights(replies)
-            mine = self.trained()
-            self.set_trained({n: sum(w * r[n].to(p) for w, r in zip(weights, replies)) for n, p in mine.items()})
+            self.set_trained(self.merged(self.trained(), replies, self.client_weights(replies)))
 
     def distil_quiet(self, message: Message, client) -> Message:
         """Client half."""
-        self.load(message)
-        self.client = client
-        self.start_training()
-        self.before_local(message, client)
+        self.begin_turn(message, client)
         trained, start = self._own_trained, self.n_past_classes
         batches = [(x, y - start) for x, y, _ in client.train_loader()]
         with torch.no_grad(), evaluating(self.net):

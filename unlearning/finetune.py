@@ -18,4 +18,4 @@ class FineTune(Unlearner):
 
     def unlearn(self, clients, who: list[int]) -> None:
         rounds = self.args.finetune_rounds
-        self.learn(self.rest(clients, who), self.args.num_comm_rounds if rounds is None else rounds, "finetune")
+        self.more_rounds(self.rest(clients, who), self.args.num_comm_rounds if rounds is None else rounds, "finetune")

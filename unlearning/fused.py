@@ -23,7 +23,6 @@ from utils.errors import UserError
 
 class Fused(Unlearner):
     NAME = "fused"
-    NEEDS_HISTORY = True
 
     @staticmethod
     def get_parser(parser):
@@ -38,7 +37,7 @@ class Fused(Unlearner):
             raise UserError("--unlearn fused: for methods that train the whole network (--tuning full)")
         self.graft(" ".join(self.critical_layers(who)))
         rounds = self.args.fused_rounds
-        self.learn(self.rest(clients, who), self.args.num_comm_rounds if rounds is None else rounds, "fused")
+        self.more_rounds(self.rest(clients, who), self.args.num_comm_rounds if rounds is None else rounds, "fused")
 
     def critical_layers(self, who: list[int]) -> list[str]:
         """Names of linear layers, the one that the clients have changed most first."""

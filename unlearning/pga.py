@@ -18,16 +18,12 @@ import torch
 from federated.message import Message
 from models.utils.unlearner import Unlearner
 from utils.args import number
-
-
-def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> torch.Tensor:
-    """|a - b| over all tensors of a."""
-    return torch.stack([(t - b[n]).square().sum() for n, t in a.items()]).sum().sqrt()
+from utils.unlearning_metrics import distance
 
 
 class PGA(Unlearner):
     NAME = "pga"
-    NEEDS_HISTORY = True
+    TRAINING = (*Unlearner.TRAINING, "ascend")
 
     @staticmethod
     def get_parser(parser):
@@ -50,10 +46,10 @@ class PGA(Unlearner):
             ref = {n: (K * t - own[n]) / max(K - 1, 1) for n, t in theta.items()}
             start = self.rounds_of(self.current_task)[0][1]["start"]
             if self.args.pga_radius == "start":
-                radius = float(distance(ref, {n: t.to(ref[n]) for n, t in start.items()}))
+                radius = distance(ref, start)
             else:
                 far = [distance(ref, {n: t.std() * torch.randn_like(t) for n, t in ref.items()}) for _ in range(10)]
-                radius = float((torch.stack(far).square().mean() / 3).sqrt())
+                radius = (sum(f**2 for f in far) / len(far) / 3) ** 0.5
             entries = {**{f"ref.{n}": t for n, t in ref.items()}, **{f"own.{n}": t for n, t in own.items()}}
             self.set_trained(ref)
             message = Message({**self.broadcast(), **entries}, radius=radius)
@@ -62,10 +58,7 @@ class PGA(Unlearner):
 
     def ascend(self, message: Message, client) -> Message:
         """Client half: away from its own data, within the ball around the reference."""
-        self.load(message)
-        self.client = client
-        self.start_training()
-        self.before_local(message, client)
+        self.begin_turn(message, client)
         trained, a = self._own_trained, self.args
         ref, own = ({n: t.to(self.device) for n, t in message.tensors(p).items()} for p in ("ref.", "own."))
         opt = torch.optim.SGD(list(trained.values()), lr=a.pga_lr, momentum=0.9)
@@ -85,5 +78,5 @@ class PGA(Unlearner):
                         for n, t in mine.items():
                             trained[n].data = ref[n] + (t - ref[n]) * (message["radius"] / far)
                     mine = {n: trained[n].detach() for n in ref}
-                    done = float(distance(mine, own)) ** 2 > a.pga_stop
+                    done = distance(mine, own) ** 2 > a.pga_stop
         return Message(dict(trained)).clone()

@@ -9,4 +9,3 @@ class Retrain(Unlearner):
     """federated/unlearning.py runs the same command with --exclude_clients and takes its model."""
 
     NAME = "retrain"
-    TRAINS_WITHOUT = True

@@ -17,6 +17,7 @@ import torch
 
 from models.utils.unlearner import Unlearner
 from utils.args import number
+from utils.unlearning_metrics import distance
 
 
 def sensitivity(rounds: list[dict], last: dict[str, torch.Tensor], who: list[int], contraction: float = 1.0) -> list:
@@ -32,18 +33,13 @@ def sensitivity(rounds: list[dict], last: dict[str, torch.Tensor], who: list[int
         for u in who:
             if u in kept["updates"]:
                 p, update = kept["weights"][u], kept["updates"][u]
-                far = sum(
-                    float((after[n].cpu().double() - kept["start"][n].double() - d.double()).square().sum())
-                    for n, d in update.items()
-                )
-                grown += p / max(1 - p, 1e-12) * far**0.5
+                grown += p / max(1 - p, 1e-12) * distance({n: kept["start"][n] + d for n, d in update.items()}, after)
         psi.append(grown)
     return psi
 
 
 class SIFU(Unlearner):
     NAME = "sifu"
-    NEEDS_HISTORY = True
 
     @staticmethod
     def get_parser(parser):
@@ -62,4 +58,4 @@ class SIFU(Unlearner):
         back = max(t for t, p in enumerate(psi) if p <= limit)
         theta = self.trained() if back == len(kept) else kept[back]["start"]
         self.set_trained({n: t + a.sifu_sigma * torch.randn(t.shape).to(t) for n, t in theta.items()})
-        self.learn(self.rest(clients, who), len(kept) - back, "sifu")
+        self.more_rounds(self.rest(clients, who), len(kept) - back, "sifu")

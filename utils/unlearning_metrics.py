@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from scipy.stats import norm
 
 EPS = 1e-12
 
@@ -123,6 +122,8 @@ def lira(phi: np.ndarray, shadows: Sequence[np.ndarray]) -> np.ndarray:
         phi: log p_y - log(1 - p_y) of the model under attack (N,). shadows: the same of models that have not seen the
             samples; with fewer than two one deviation for all samples is used. The number means little below eight.
     """
+    from scipy.stats import norm
+
     S = np.stack(shadows)
     mean = S.mean(0)
     each = S.std(0, ddof=1) if len(S) > 1 else np.zeros_like(mean)
@@ -158,9 +159,14 @@ def agreement(p: np.ndarray, q: np.ndarray) -> float:
 
 
 def distance(a: Mapping, b: Mapping) -> float:
-    """|a - b| over tensors by name; entries that both have with one shape."""
-    both = [n for n in a if n in b and a[n].shape == b[n].shape]
-    return float(sum(float((a[n].double().cpu() - b[n].double().cpu()).square().sum()) for n in both) ** 0.5)
+    """|a - b| over tensors by name, on the device of a's; entries that both have with one shape."""
+    import torch
+
+    from models.utils.merging import wide
+
+    both = [(t, b[n]) for n, t in a.items() if n in b and t.shape == b[n].shape]
+    squares = [(t.to(wide(t)) - o.to(t.device, wide(t))).square().sum() for t, o in both]
+    return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
 
 
 # ---------------------------------------------------------------- a row
@@ -169,14 +175,21 @@ def distance(a: Mapping, b: Mapping) -> float:
 SETS = ("forget", "retain", "forget_test", "test")
 
 
-def attacks(p: Mapping[str, np.ndarray], y: Mapping[str, np.ndarray], seed: int = 0) -> dict[str, float]:
-    """Membership inference on one model: columns mia_*.
+def figures(p: Mapping[str, np.ndarray], y: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """What every model is measured by: FA, RA, FTA, TA in %, and the AUC of the attack on the loss.
 
     Args:
         p, y: probabilities and labels of ``SETS``.
     """
+    out = {name: accuracy(p[s], y[s]) for s, name in zip(SETS, ("FA", "RA", "FTA", "TA"))}
+    inside, outside = (scores(p[s], y[s])["loss"] for s in ("forget", "forget_test"))
+    return out | {"mia_loss_auc": auc(inside, outside)}
+
+
+def attacks(p: Mapping[str, np.ndarray], y: Mapping[str, np.ndarray], seed: int = 0) -> dict[str, float]:
+    """All other attacks on one model: columns mia_*. Arguments: :func:`figures`."""
     inside, outside = scores(p["forget"], y["forget"]), scores(p["forget_test"], y["forget_test"])
-    out = {f"mia_{n}_auc": auc(inside[n], outside[n]) for n in inside}
+    out = {f"mia_{n}_auc": auc(inside[n], outside[n]) for n in inside if n != "loss"}
     out["mia_tpr01"] = tpr_at(inside["loss"], outside["loss"])
     if len(y["retain"]) and len(y["test"]):
         known, unknown = scores(p["retain"], y["retain"]), scores(p["test"], y["test"])
@@ -190,21 +203,19 @@ def attacks(p: Mapping[str, np.ndarray], y: Mapping[str, np.ndarray], seed: int 
 def report(
     V: Mapping[str, np.ndarray], y: Mapping[str, np.ndarray], R: Mapping[str, np.ndarray] | None = None, seed: int = 0
 ) -> dict[str, float]:
-    """One model's columns: FA, RA, FTA, TA, attacks; with R the gaps |V - R|, their mean, KL, JS and agreement."""
-    names = dict(zip(SETS, ("FA", "RA", "FTA", "TA")))
-
-    def plain(p) -> dict[str, float]:
-        return {names[s]: accuracy(p[s], y[s]) for s in SETS} | attacks(p, y, seed)
-
-    out = plain(V)
+    """One model's columns: figures and attacks; with R the gaps |V - R|, their mean, KL, JS and agreement."""
+    mine = figures(V, y)
+    out = mine | attacks(V, y, seed)
     if R is None:
         return out
-    target = plain(R)
-    compared = ("FA", "RA", "FTA", "TA", "mia_loss_auc")
-    gaps = {f"{n}_gap": abs(out[n] - target[n]) * (100 if n.startswith("mia") else 1) for n in compared}
+    target = figures(R, y)
+    gaps = {f"{n}_gap": abs(v - target[n]) * (100 if n.startswith("mia") else 1) for n, v in mine.items()}
     out |= gaps
     out["avg_gap"] = float(np.mean([gaps[f"{n}_gap"] for n in ("FA", "RA", "TA", "mia_loss_auc")]))
-    out |= {"kl_f": kl(R["forget"], V["forget"]), "kl_r": kl(R["retain"], V["retain"])}
-    out |= {"js_f": js(R["forget"], V["forget"])}
-    out |= {"agree_f": agreement(R["forget"], V["forget"]), "agree_test": agreement(R["test"], V["test"])}
-    return out
+    return out | {
+        "kl_f": kl(R["forget"], V["forget"]),
+        "kl_r": kl(R["retain"], V["retain"]),
+        "js_f": js(R["forget"], V["forget"]),
+        "agree_f": agreement(R["forget"], V["forget"]),
+        "agree_test": agreement(R["test"], V["test"]),
+    }

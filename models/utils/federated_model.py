@@ -24,9 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from federated.clients import participants
 from federated.message import Message, Reply
 from models.utils.continual_model import ContinualModel
 from models.utils.merging import weighted_mean
+from utils.conf import set_random_seed
 from utils.evaluate import evaluating, evaluation_batches
 from utils.metrics import federated_bias, prediction_share
 
@@ -138,10 +140,13 @@ class FederatedModel(ContinualModel):
         """The server's new values of the tensors ``current`` {name: value so far}: the weighted means."""
         return {name: weighted_mean([r[name] for r in replies], weights) for name in current}
 
-    def next_round(self) -> int:
-        """The number of one more round after those of a task, which seeds its draws (unlearning, recovery)."""
-        self._own_more_rounds = self.__dict__.get("_own_more_rounds", -1) + 1
-        return self.args.num_comm_rounds + self._own_more_rounds
+    def more_rounds(self, clients, n: int, what: str) -> None:
+        """Rounds after those of the task (unlearning, recovery), numbered on; ``what`` seeds the server's draws."""
+        for _ in range(n):
+            r = self.args.num_comm_rounds + self.__dict__.setdefault("_own_more_rounds", 0)
+            self._own_more_rounds += 1
+            set_random_seed(self.args.seed, "server", self.current_task, what, r)
+            self.round(clients.only(participants(self.args, clients.ids, self.current_task, r)).at(r), r)
 
     @property
     def last_loss(self) -> float | None:
@@ -161,10 +166,7 @@ class FederatedModel(ContinualModel):
 
     def local_update(self, message: Message, client) -> Message:
         """Load the broadcast, train ``n_epochs`` epochs with a fresh optimiser, reply."""
-        self.load(message)
-        self.client = client
-        self.start_training()
-        self.before_local(message, client)
+        self.begin_turn(message, client)
         loader = client.train_loader()
         total, steps = 0.0, 0
         for epoch in range(self.local_epochs() if self.opt is not None else 0):
@@ -176,6 +178,13 @@ class FederatedModel(ContinualModel):
             if self.scheduler is not None:
                 self.scheduler.step()
         return self.reply_of(client, float(total) / max(steps, 1))
+
+    def begin_turn(self, message: Message, client) -> None:
+        """What comes before a client's first step."""
+        self.load(message)
+        self.client = client
+        self.start_training()
+        self.before_local(message, client)
 
     def local_epochs(self) -> int:
         """How often a client goes through its data in a round."""

@@ -2,7 +2,8 @@
 
 ``unlearn(clients, who)`` is the server's half: ``self`` is the server as it was when the clients asked, ``clients`` all
 that own samples of the current task, those in ``who`` among them. It brings the server to a model without them, by
-calling client halves (methods of the same class, as everywhere) and, where it trains, by rounds with ``rest(...)``.
+calling client halves (methods of the same class, as everywhere) and, where it trains, by ``more_rounds`` of the
+``rest``.
 Afterwards the leaving clients are gone. What the simulator keeps of past rounds (``--unlearn_history``) is
 ``self.history``: {(task, round): {"start", "updates", "weights"}}, tensors by the names of ``trainable``.
 
@@ -16,15 +17,13 @@ import torch
 
 from federated.message import Message
 from models.utils.federated_model import FederatedModel
-from utils.conf import set_random_seed
 from utils.errors import UserError
 
 
 class Unlearner(FederatedModel):
     """Base class of mix-ins; defines what they share."""
 
-    NEEDS_HISTORY = False
-    TRAINS_WITHOUT = False  # whether the model it gives is one trained without the clients from the start
+    TRAINING = ("local_update", "for_epochs")  # client halves that count as rounds
 
     @staticmethod
     def get_parser(parser):
@@ -73,13 +72,6 @@ class Unlearner(FederatedModel):
     def trained(self) -> dict[str, torch.Tensor]:
         """Copies of what is trained, by name."""
         return {n: p.detach().clone() for n, p in self.trainable().items()}
-
-    def learn(self, clients, rounds: int, what: str) -> None:
-        """Ordinary rounds with some clients after those of the task; ``what`` seeds the server's draws."""
-        for _ in range(rounds):
-            r = self.next_round()
-            set_random_seed(self.args.seed, "unlearning", what, r)
-            self.round(clients.at(r), r)
 
     def local_epochs(self) -> int:
         own = self.__dict__.get("_own_local_epochs")

@@ -13,11 +13,11 @@ import main
 from federated.unlearning import request_name, request_point, requests, samples
 from tests.helpers import rows
 from unlearning.fedquit import quiet
-from unlearning.pga import distance
 from unlearning.sifu import sensitivity
 from utils.args import parse_args
 from utils.errors import UserError
 from utils.registry import scan
+from utils.unlearning_metrics import distance
 
 BASE = "--model fedavg --dataset seq-digits --backbone mnistmlp --joint 1 --fl --num_clients 4 --num_comm_rounds 2"
 LEARN = "--n_epochs 2 --batch_size 16 --optimizer adam --lr 0.002 --device cpu --num_threads 1"
@@ -299,12 +299,12 @@ def test_back_to_a_model_the_client_has_not_touched(made):
     """Without room for any sensitivity: the start of the task, noise, and as many rounds of the others."""
     r = made("sifu", "--sifu_sigma 0.0")
     start, seen = r.model.rounds_of(0)[0][1]["start"], []
-    r.model.learn = lambda clients, n, what: seen.append((clients.ids, n))
+    r.model.more_rounds = lambda clients, n, what: seen.append((clients.ids, n))
     r.model.unlearn(r.clients(0), [1])
     assert seen == [([0, 2, 3], 2)] and all(torch.equal(t, start[n]) for n, t in r.model.trained().items())
     far = made("sifu", "--sifu_sigma 1.0 --sifu_eps 1000000")  # room for everything: noise on the last model
     theta, seen = far.model.trained(), []
-    far.model.learn = lambda clients, n, what: seen.append(n)
+    far.model.more_rounds = lambda clients, n, what: seen.append(n)
     far.model.unlearn(far.clients(0), [1])
     moved = torch.cat([(t - theta[n]).flatten() for n, t in far.model.trained().items()])
     assert seen == [0] and float(moved.std()) == pytest.approx(1.0, rel=0.05)

@@ -194,6 +194,8 @@ def test_the_isolated_vector_goes_on_from_itself(make):
     once = trained(make("--iso_schedule once --iso_epochs 1"), rounds=2)
     first = trained(make("--iso_schedule once --iso_epochs 1"), rounds=1)
     close(once.states[1]["iso"][0], first.states[1]["iso"][0], 0)
+    kept = trained(make("--iso_schedule once --iso_epochs 1 --iso_custody server"), rounds=2)
+    close(kept.model.stored[0][1], first.states[1]["iso"][0], 0)
 
 
 def test_its_part_of_the_classifier_goes_exactly(make):
