@@ -19,6 +19,7 @@ def recorder(server, history: dict, when: tuple[int, int]) -> Callable:
 
     def watch(call: str, replies: list) -> None:
         if call == "local_update":
+            replies = [server.expanded(r) for r in replies]
             history[when] = {
                 "start": start,
                 "updates": {r.client: {n: r[n].cpu() - t for n, t in start.items() if n in r} for r in replies},

@@ -22,6 +22,9 @@ stays isolated and is subtracted in the end. Everything else is a choice made he
 lambda matters more than anything else: with overlapping data 1 is the worst choice there is, with disjoint data and
 many rounds p_u is. Subtraction is exact after one round, or where J_u J_k^T = 0; otherwise it is an approximation.
 
+With ``--lora_r`` both vectors grow by B A, of low rank, in every turn (models/task_arithmetic.py), and all arithmetic
+is on products: a mean of factors is not the factor of a mean.
+
 The classifier is fixed and made of class means of features under theta_0 (CLIP's text where there is one). Those are
 sums over clients, so what a leaving client gave to them is taken out exactly. With several tasks, as everywhere in task
 arithmetic, each task has vectors of its own.
@@ -218,10 +221,10 @@ class Sata(TaskArithmetic):
         start = known.get(client.task, self._own_lin.zeros())
         self._own_alone = self.args.iso_schedule != "every_round"
         try:
-            reply = super().local_update(Message({**message, **{f"tau.{n}": v for n, v in start.items()}}), client)
+            super().local_update(Message({**message, **{f"tau.{n}": v for n, v in start.items()}}), client)
         finally:
             self._own_alone = False
-        known[client.task] = {n: v.cpu().clone() for n, v in reply.tensors("tau.").items()}
+        known[client.task] = {n: p.detach().cpu().clone() for n, p in self.current_tau().items()}
 
     def local_epochs(self) -> int:
         if getattr(self, "_own_alone", False):

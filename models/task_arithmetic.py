@@ -11,8 +11,10 @@ text encoder says of it or, where the backbone has no text, the mean of f over t
 
     logits = scale * f_lin / |f_lin| W^T,    in training over the classes of the task alone.
 
-Stored and decayed is tau, so weight decay pulls to theta_0. The rate rises for ``--warmup`` steps and falls with a
-cosine, step by step. Under --fl clients train tau and the server averages it: in the tangent that averages functions.
+Stored and decayed is tau (or its factors), so weight decay pulls to theta_0. The rate rises for ``--warmup`` steps and
+falls with a cosine, step by step. Under --fl clients train tau and the server averages it: in the tangent that averages
+functions.
+With ``--lora_r`` what a turn adds to tau is B A, of low rank, and the factors are sent; the server averages products.
 Of each task a share of the images is held out (``--alpha_share``); by those the best alpha is chosen in the end.
 """
 
@@ -26,7 +28,7 @@ from torch import Tensor, nn
 
 from datasets import get_dataset_class
 from datasets.utils import seeded, stratified_split
-from federated.message import Message
+from federated.message import Message, Reply
 from models.utils.federated_model import FederatedModel
 from models.utils.linearize import Linearized
 from models.utils.task_vectors import (
@@ -84,6 +86,12 @@ class TaskArithmetic(FederatedModel):
             choices=("linear", "full", "attention"),
             default="linear",
             help="tangent of the network, the network, or the network whose attention alone is trained",
+        )
+        add(
+            "--lora_r",
+            type=number(int, 0),
+            default=0,
+            help="rank of what a client's turn adds to the weights of linear layers, which alone are trained then; 0: any",
         )
         for group in GROUPS:
             add(f"--ft_{group}", type=flag01, default=int(group not in FROZEN), help=f"1: train its {group} parameters")
@@ -176,6 +184,8 @@ class TaskArithmetic(FederatedModel):
             for n, _ in backbone.named_parameters()
             if not n.startswith("classifier.") and group_of(n, modules[n.rpartition(".")[0]]) in kept
         ]
+        if args.lora_r:
+            names = [n for n in names if n.endswith("weight") and isinstance(modules[n.rpartition(".")[0]], nn.Linear)]
         if not names:
             raise UserError(f"nothing of --backbone {args.backbone} would be trained: turn on some of --ft_...")
         self._own_lin = Linearized(backbone, names, self.function)
@@ -280,6 +290,17 @@ class TaskArithmetic(FederatedModel):
         for n, p in self.current_tau().items():
             p.data = self._own_given[self.current_task][n].to(p)
 
+    def expanded(self, reply):
+        """tau_k from the factors that a client sends with ``--lora_r``: means are of products, never of factors."""
+        if not self.args.lora_r:
+            return reply
+        A, B = reply.tensors("A."), reply.tensors("B.")
+        taus = {f"tau.{n}": p.detach() + (B[n] @ A[n]).to(p) for n, p in self.current_tau().items()}
+        return Reply({**reply.without([*(f"A.{n}" for n in A), *(f"B.{n}" for n in B)]), **taus}, reply.client)
+
+    def aggregate(self, replies) -> None:
+        super().aggregate([self.expanded(r) for r in replies])
+
     def broadcast(self) -> Message:
         rows = {"rows": self.rows}
         return Message({**super().broadcast(), **rows}, keep={"rows": self.current_task})
@@ -376,6 +397,24 @@ class TaskArithmetic(FederatedModel):
         self._own_batches = self.local_epochs() * batches
         self._own_seen = 0
 
+    def start_training(self) -> None:
+        """With ``--lora_r`` a turn trains tau = start + B A with new factors, B = 0: on top of what all have learnt."""
+        super().start_training()
+        if not self.args.lora_r:
+            return
+        self._own_start, self._own_trained = {n: p.detach().clone() for n, p in self.current_tau().items()}, {}
+        for n, start in self._own_start.items():
+            A = torch.empty(self.args.lora_r, start.shape[1], dtype=start.dtype)
+            nn.init.kaiming_uniform_(A, math.sqrt(5), generator=self.client.generator)
+            self._own_trained[f"A.{n}"] = A.to(self.device).requires_grad_()
+            self._own_trained[f"B.{n}"] = start.new_zeros(start.shape[0], self.args.lora_r).requires_grad_()
+        self.opt = self.get_optimizer(list(self._own_trained.values()))
+
+    def after_local(self, client) -> Message:
+        if not self.args.lora_r:
+            return super().after_local(client)
+        return Message(self._own_trained, n_samples=client.n_samples).clone()
+
     def local_epochs(self) -> int:
         """``--n_epochs``; if it is not given, the task's own, where the data set says so."""
         own = getattr(self.dataset, "get_task_epochs", None)
@@ -401,9 +440,19 @@ class TaskArithmetic(FederatedModel):
             loss = loss + self.add_penalty(tau)
             for group in self.opt.param_groups:
                 group["lr"] = self.rate((self._own_seen - 1) // v, -(-self._own_batches // v))
-            self.descend(self._own_trained, self.client, self.opt, self._own_scaler)
-            self.opt.zero_grad()
+            self.descend_in(tau)
         return loss
+
+    def descend_in(self, tau: dict[str, Tensor]) -> None:
+        """A step along the gradients of ``tau``; with ``--lora_r`` through its factors, dA = B^T G and dB = G A^T."""
+        factors = self._own_trained if self.args.lora_r else {}
+        for n, p in tau.items() if factors else ():
+            A, B = factors[f"A.{n}"], factors[f"B.{n}"]
+            A.grad, B.grad, p.grad = B.detach().T @ p.grad, p.grad @ A.detach().T, None
+        self.descend(self._own_trained, self.client, self.opt, self._own_scaler)
+        self.opt.zero_grad()
+        for n, p in tau.items() if factors else ():
+            p.data = self._own_start[n] + factors[f"B.{n}"].detach() @ factors[f"A.{n}"].detach()
 
     def task_loss(self, f: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy over the classes of the current task (B, d) -> scalar, in float32."""

@@ -129,6 +129,10 @@ class FederatedModel(ContinualModel):
         for name, value in self.merged(current, replies, weights).items():
             current[name].data = value.to(current[name].dtype)
 
+    def expanded(self, reply: Reply) -> Reply:
+        """A client's reply with the trained tensors by their names, where what is sent is something smaller."""
+        return reply
+
     def take_notes(self, replies: list[Reply], weights: list[float]) -> None:
         """What a round's replies say beside what is merged: training losses and measured biases."""
         self._loss = sum(w * r["loss"] for w, r in zip(weights, replies, strict=True)) if "loss" in replies[0] else None

@@ -114,6 +114,27 @@ class Squares:
         return iota
 
 
+def test_closed_form_is_what_training_does():
+    """P6: replaying affine maps without a client is training without it, step by step."""
+    rng = np.random.default_rng(3)
+    designs, eta, steps, T = [rng.normal(size=(8, 6)) for _ in range(4)], 0.1, 10, 7
+    fed = Squares(designs, seed=5, eta=eta, steps=steps)
+    noise = np.random.default_rng(5)
+    targets = [noise.normal(size=len(J)) for J in designs]
+    tau = torch.zeros(6, dtype=torch.float64)
+    for _ in range(T):
+        new = []
+        for J, y in [*zip(designs, targets)][1:]:
+            t, J, y = tau.clone().requires_grad_(), torch.tensor(J), torch.tensor(y)
+            for _ in range(steps):
+                (g,) = torch.autograd.grad((J @ t - y).square().mean() / 2, t)
+                t = (t - eta * g).detach().requires_grad_()
+            new.append(t.detach())
+        tau = torch.stack(new).mean(0)
+    assert np.abs(fed.run(T, [0])[0] - tau.numpy()).max() < 1e-13
+    assert np.abs(fed.run(T)[0] - tau.numpy()).max() > 1e-3
+
+
 def without(tau, iota, lam, p, rho):
     out = removed({"t": torch.tensor(tau)}, [{"t": torch.tensor(iota)}], [lam], [p], rho)
     return out["t"].numpy()
@@ -143,6 +164,23 @@ def test_disjoint_supports_ask_for_one():
 
 
 # ---------------------------------------------------------------- the method
+
+
+def test_low_rank_works_on_products(make, wire):
+    """--lora_r: one round is undone exactly, by products; what is isolated outgrows the rank of a turn."""
+    r = trained(make("--preset exact1 --lora_r 2"))
+    replies = {w.client: w.reply for w in wire if w.call == "local_update"}
+    n = {k: m["n_samples"] for k, m in replies.items()}
+    for name, t in forget(r, 1).items():
+        want = sum(n[k] * replies[k][f"B.{name}"] @ replies[k][f"A.{name}"] for k in (0, 2)) / (n[0] + n[2])
+        torch.testing.assert_close(t, want, rtol=1e-5, atol=1e-6)
+    r = trained(make("--sata_source fed_history --lora_r 2"), rounds=2)
+    before, mine = tau(r), [w.reply for w in wire if w.call == "local_update" and w.client == 1][-2:]
+    share = n[1] / sum(n.values())
+    steps = {i: share * sum(m[f"B.{i}"] @ m[f"A.{i}"] for m in mine) for i in before}
+    close(forget(r, 1), removed(before, [steps], [1.0]), 1e-5)
+    iota = r.states[0]["iso"][0]["blocks.0.mlp.fc1.weight"]
+    assert torch.linalg.matrix_rank(iota) == 4
 
 
 @pytest.mark.parametrize("custody", ["client", "server"])

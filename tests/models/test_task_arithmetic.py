@@ -87,6 +87,54 @@ def test_a_step_is_the_gradient_of_the_objective(make, regime):
         torch.testing.assert_close(grads[n], t.grad, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("regime", ["linear", "full"])
+def test_factors_step_along_the_gradient_of_the_objective(make, regime):
+    """--lora_r: A and B move as autograd through tau = start + B A says, penalty included; start stays."""
+    flags = f"--model tak --reg_lambda 3 --kfac_examples 5 --regime {regime} --lora_r 2"
+    worker, x, y, plain = begun(make(flags))
+    g = torch.Generator().manual_seed(1)
+    factors, start = worker._own_trained, {n: p.detach().clone() for n, p in worker.current_tau().items()}
+    worker._own_start, worker.opt = start, torch.optim.SGD(factors.values(), lr=1.0)
+    assert all(n.endswith("weight") and t.dim() == 2 for n, t in start.items())
+    for n, f in factors.items():
+        assert n.startswith("A.") or not f.any()  # B = 0: a turn starts where the server stands
+        f.data = 0.1 * torch.randn(f.shape, generator=g)
+    for n, p in worker.current_tau().items():
+        p.data = start[n] + factors[f"B.{n}"].detach() @ factors[f"A.{n}"].detach()
+    leaves = {n: f.detach().clone().requires_grad_() for n, f in factors.items()}
+    tau = {n: start[n] + leaves[f"B.{n}"] @ leaves[f"A.{n}"] for n in start}
+    at, lin = {n: t.detach() for n, t in tau.items()}, worker._own_lin
+    _, slope = worker.loss_and_gradients(x, y)  # against autograd above
+    _, pull = worker._own_penalty[1](at)
+    sum((tau[n] * (slope[n] + 3 * pull[n])).sum() for n in tau).backward()
+    worker.observe(x, y, plain)
+    rate = worker.rate(0, 10)
+    for n, f in factors.items():
+        torch.testing.assert_close(f.detach(), leaves[n].detach() - rate * leaves[n].grad, rtol=1e-4, atol=1e-6)
+    for n, p in worker.current_tau().items():
+        assert torch.equal(p, start[n] + factors[f"B.{n}"] @ factors[f"A.{n}"]) and p.grad is None
+    assert set(lin.places) == set(start)
+
+
+def test_products_are_averaged_and_factors_sent(make, wire):
+    """tau <- tau + sum_k p_k B_k A_k, which no mean of factors gives; each round from there, with new factors."""
+    r = begin(make("--model task_arithmetic --lora_r 2", "--fl --num_clients 3 --num_comm_rounds 2"), 0)
+    before = {n: p.detach().clone() for n, p in r.model.current_tau().items()}
+    for k in range(2):
+        r.round(0, k)
+        sent = [w.reply for w in wire if w.call == "local_update" and w.round == k]
+        total = sum(m["n_samples"] for m in sent)
+        for n, p in r.model.current_tau().items():
+            A, B, share = [m[f"A.{n}"] for m in sent], [m[f"B.{n}"] for m in sent], [m["n_samples"] for m in sent]
+            want = before[n] + sum(s / total * b @ a for s, a, b in zip(share, A, B))
+            torch.testing.assert_close(p.detach(), want, rtol=1e-5, atol=1e-7)
+            factors = sum(s / total * b for s, b in zip(share, B)) @ sum(s / total * a for s, a in zip(share, A))
+            assert float((want - before[n] - factors).norm()) > 0.1 * float((want - before[n]).norm())
+            before[n] = p.detach().clone()
+    assert not any(n.startswith("tau.") for m in sent for n in m)
+    assert torch.linalg.matrix_rank(before["blocks.0.mlp.fc1.weight"]) > 6  # more than three clients' once
+
+
 def test_penalty_joins_the_gradient_once_per_step(make):
     worker, x, y, plain = begun(make("--model tak --reg_lambda 3 --kfac_examples 5 --virtual_bs_n 2"))
     tau = {n: p.detach() for n, p in worker.current_tau().items()}
