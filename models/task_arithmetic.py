@@ -91,7 +91,7 @@ class TaskArithmetic(FederatedModel):
             "--lora_r",
             type=number(int, 0),
             default=0,
-            help="rank of what a client's turn adds to the weights of linear layers, which alone are trained then; 0: any",
+            help="rank of what a client's turn adds to linear layers' weights, which alone are trained then; 0: any",
         )
         for group in GROUPS:
             add(f"--ft_{group}", type=flag01, default=int(group not in FROZEN), help=f"1: train its {group} parameters")
