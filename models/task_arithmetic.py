@@ -13,8 +13,7 @@ text encoder says of it or, where the backbone has no text, the mean of f over t
 
 Stored and decayed is tau (or its factors), so weight decay pulls to theta_0. The rate rises for ``--warmup`` steps and
 falls with a cosine, step by step. Under --fl clients train tau and the server averages it: in the tangent that averages
-functions.
-With ``--lora_r`` what a turn adds to tau is B A, of low rank, and the factors are sent; the server averages products.
+functions. With ``--lora_r`` what a turn adds to tau is B A, of low rank; factors are sent, products averaged.
 Of each task a share of the images is held out (``--alpha_share``); by those the best alpha is chosen in the end.
 """
 
@@ -290,13 +289,15 @@ class TaskArithmetic(FederatedModel):
         for n, p in self.current_tau().items():
             p.data = self._own_given[self.current_task][n].to(p)
 
-    def expanded(self, reply):
+    def expanded(self, reply: Reply) -> Reply:
         """tau_k from the factors that a client sends with ``--lora_r``: means are of products, never of factors."""
         if not self.args.lora_r:
             return reply
-        A, B = reply.tensors("A."), reply.tensors("B.")
-        taus = {f"tau.{n}": p.detach() + (B[n] @ A[n]).to(p) for n, p in self.current_tau().items()}
-        return Reply({**reply.without([*(f"A.{n}" for n in A), *(f"B.{n}" for n in B)]), **taus}, reply.client)
+        steps = {n: (reply[f"B.{n}"] @ reply[f"A.{n}"]).to(p) for n, p in self.current_tau().items()}
+        rest = reply.without({f"{factor}.{n}" for n in steps for factor in "AB"})
+        return Reply(
+            {**rest, **{f"tau.{n}": p.detach() + steps[n] for n, p in self.current_tau().items()}}, reply.client
+        )
 
     def aggregate(self, replies) -> None:
         super().aggregate([self.expanded(r) for r in replies])
@@ -445,14 +446,14 @@ class TaskArithmetic(FederatedModel):
 
     def descend_in(self, tau: dict[str, Tensor]) -> None:
         """A step along the gradients of ``tau``; with ``--lora_r`` through its factors, dA = B^T G and dB = G A^T."""
-        factors = self._own_trained if self.args.lora_r else {}
-        for n, p in tau.items() if factors else ():
-            A, B = factors[f"A.{n}"], factors[f"B.{n}"]
-            A.grad, B.grad, p.grad = B.detach().T @ p.grad, p.grad @ A.detach().T, None
+        pairs = {n: (self._own_trained[f"A.{n}"], self._own_trained[f"B.{n}"]) for n in tau if self.args.lora_r}
+        for n, (A, B) in pairs.items():
+            A.grad, B.grad = B.detach().T @ tau[n].grad, tau[n].grad @ A.detach().T
+            tau[n].grad = None
         self.descend(self._own_trained, self.client, self.opt, self._own_scaler)
         self.opt.zero_grad()
-        for n, p in tau.items() if factors else ():
-            p.data = self._own_start[n] + factors[f"B.{n}"].detach() @ factors[f"A.{n}"].detach()
+        for n, (A, B) in pairs.items():
+            tau[n].data = self._own_start[n] + B.detach() @ A.detach()
 
     def task_loss(self, f: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy over the classes of the current task (B, d) -> scalar, in float32."""

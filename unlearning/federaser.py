@@ -39,7 +39,7 @@ class FedEraser(Unlearner):
             updates = stay
             if i > 0:
                 message = Message({**self.broadcast()}, epochs=self.args.federaser_epochs)
-                replies = clients.only(stay).call("for_epochs", message)
+                replies = [self.expanded(r) for r in clients.only(stay).call("for_epochs", message)]
                 updates = {
                     r.client: self.as_long({n: r[n].to(t) - t for n, t in theta.items()}, stay[r.client])
                     for r in replies

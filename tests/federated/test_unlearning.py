@@ -267,6 +267,38 @@ def test_fresh_updates_are_as_long_as_the_old_ones(made, wire, norm):
         torch.testing.assert_close(got[n], want[n], rtol=1e-3, atol=1e-4)
 
 
+def test_updates_of_low_rank_are_kept_and_replayed_as_products(rig, nano, wire):
+    """Task vectors whose clients send factors: history holds B A, and so does what is made as long as it was."""
+    from federated.simulator import recorder
+
+    flags = "--model task_arithmetic --lora_r 2 --joint 1 --fl --num_clients 3 --num_comm_rounds 2 --debug_mode 1"
+    r = rig(f"{flags} --unlearn federaser --federaser_interval 1 --unlearn_client 1 --unlearn_history 1")
+    r.begin(0)
+    history = {}
+    for k in range(2):
+        group = r.clients(0, k)
+        group._watch = recorder(r.model, history, (0, k))
+        r.model.round(group, k)
+    sent = {(w.round, w.client): w.reply for w in wire if w.call == "local_update"}
+    for (k, c), reply in sent.items():
+        for n, u in history[0, k]["updates"][c].items():
+            name = n.removeprefix("tau.")
+            torch.testing.assert_close(u, reply[f"B.{name}"] @ reply[f"A.{name}"], rtol=1e-4, atol=1e-6)
+    r.model._own_history = history
+    r.model.unlearn(r.clients(0), [1])
+    second, replies = history[0, 1], {w.client: w.reply for w in wire if w.call == "for_epochs"}
+    want, total = {}, sum(second["weights"][k] for k in (0, 2))
+    for n, t in history[0, 0]["start"].items():
+        shares = {k: history[0, 0]["weights"][k] for k in (0, 2)}
+        want[n] = t + sum(s / sum(shares.values()) * history[0, 0]["updates"][k][n] for k, s in shares.items())
+    for k in (0, 2):
+        fresh = {n: replies[k][f"B.{n[4:]}"] @ replies[k][f"A.{n[4:]}"] for n in want}
+        old, new = (sum(float(u.square().sum()) for u in v.values()) ** 0.5 for v in (second["updates"][k], fresh))
+        want = {n: t + second["weights"][k] / total * old / new * fresh[n] for n, t in want.items()}
+    for n, t in r.model.trained().items():
+        torch.testing.assert_close(t, want[n], rtol=1e-3, atol=1e-5)
+
+
 def test_sensitivity_bounds_what_a_client_has_moved():
     """Least squares, small steps: the gap to training without u is at most Psi; by hand after one round."""
     from tests.models.test_sata import Squares
