@@ -22,7 +22,7 @@ from utils.registry import scan
 from utils.report_plots import direction
 
 ROOT = Path(ledger.__file__).parents[1]
-PAPERS = ["livar", "lorm", "sata"]
+PAPERS = ["dolfin", "hgp", "livar", "lorm", "sata", "staer"]
 # data sets whose commands wait for them
 NOT_YET = {"seq-imagenet-r", "seq-eurosat-rgb", "seq-cub200"}
 FLAGS = {"beta": "distribution_alpha", "T": "T", "buffer": "buffer_size", "clip": "clip_backbone", "alpha": "alpha"}
