@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # imported where used
 LEDGERS = ROOT / "reproduce"
 POINTS = 1.0  # a difference that is no news: one run of a public code differs by as much from the next
 CONFIDENCE = ("certain", "UNCONFIRMED")
-HEAD = ("paper", "arxiv", "about", "seeds", "entries")
+HEAD = ("paper", "arxiv", "about", "seeds", "shared", "entries")  # shared: a place for anchors
 COLUMNS = ["method", "dataset", "setting", "metric", "confidence", "status", "n"]
 COLUMNS += [f"{who}_{what}" for who in ("paper", "ours", "difference") for what in ("mean", "std", "n")]
 COLUMNS += ["source", "command", "seeds", "why_not", "note"]

@@ -8,11 +8,14 @@ import os
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 import yaml
 
+import main
+from tests.helpers import SMALL
 from utils import compare, ledger
 from utils.args import parse_args
 from utils.errors import UserError
@@ -22,7 +25,7 @@ from utils.registry import scan
 from utils.report_plots import direction
 
 ROOT = Path(ledger.__file__).parents[1]
-PAPERS = ["dolfin", "hgp", "livar", "lorm", "sata", "staer"]
+PAPERS = ["com", "dolfin", "hgp", "livar", "lorm", "sata", "staer", "tak"]
 # data sets whose commands wait for them
 NOT_YET = {"seq-imagenet-r", "seq-eurosat-rgb", "seq-cub200"}
 FLAGS = {"beta": "distribution_alpha", "T": "T", "buffer": "buffer_size", "clip": "clip_backbone", "alpha": "alpha"}
@@ -39,6 +42,7 @@ def commands() -> list[str]:
     return sorted({entry.command for entry in shipped() if entry.command})
 
 
+@cache
 def parsed(command: str, *more: str):
     return parse_args([*command.split()[2:], *more])
 
@@ -220,6 +224,20 @@ def test_runs_are_matched_by_their_settings_and_pooled_over_seeds(made, tmp_path
     assert float(rows[1]["difference_mean"]) == pytest.approx(-1.5)
     assert float(rows[2]["ours_mean"]) == 60.0 and rows[2]["ours_std"] == "" and rows[3]["ours_mean"] == ""
     assert "left out 1 unfinished" in err
+
+
+def test_a_real_run_is_found(made, tmp_path, capsys):
+    command = f"python main.py --model fedavg {' '.join(SMALL[:-1])} --backbone mnistmlp --fl --num_clients 2"
+    command = command.replace("--dataset=", "--dataset ")
+    write(made, GOOD | {"command": f"{command} --num_comm_rounds 1"})
+    results = tmp_path / "results"
+    line = ledger.commands(ledger.load("made")[1], seeds=[5])[0]
+    assert main.main([*line.split()[2:], "--loadcheck", "auto", "--results_path", str(results), "--device", "cpu"]) == 0
+    capsys.readouterr()
+    rows, _ = show(capsys, results)
+    with open(next(results.rglob("summary.csv"))) as file:
+        found = next(csv.DictReader(file))
+    assert rows[0]["n"] == "1" and float(rows[0]["ours_mean"]) == pytest.approx(float(found["faa"]))
 
 
 def test_what_cannot_be_run_is_told(made, tmp_path, capsys):
