@@ -57,5 +57,6 @@ split_flags() {
 
 # run_all FILE: a command line each, JOBS at a time; a failing one is reported and the others go on
 run_all() {
-  xargs -P "$JOBS" -I{} bash -c '{} >/dev/null || echo "failed: {}" >&2' <"$1"
+  # one argument each: BSD's -I stops at 255 bytes
+  tr '\n' '\0' <"$1" | xargs -0 -n 1 -P "$JOBS" bash -c 'eval "$1" >/dev/null || echo "failed: $1" >&2' _
 }

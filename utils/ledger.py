@@ -16,6 +16,7 @@ not say.
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 import sys
 from collections.abc import Sequence
@@ -122,8 +123,8 @@ def read(file: Path) -> tuple[str, list[Entry]]:
         raise UserError(f"{name} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict) or not isinstance(data.get("entries"), list):
         raise UserError(f"{name}: must be a mapping with a list of entries")
-    if odd := set(data) - set(HEAD):
-        raise UserError(f"{name}: unknown key {sorted(map(str, odd))[0]!r}; {nearest(str(sorted(odd)[0]), HEAD)}")
+    if odd := [str(k) for k in data if k not in HEAD]:
+        raise UserError(f"{name}: unknown key {odd[0]!r}; {nearest(odd[0], HEAD)}")
     seeds, about = data.get("seeds", [0]), str(data.get("about", ""))
     entries, seen = [], {}
     for i, raw in enumerate(data["entries"], 1):
@@ -155,7 +156,7 @@ def _entry(raw: Any) -> Entry:
         if key not in raw:
             raise ValueError(f"no {key}")
     for key in ("value", "spread"):
-        if key in raw and (isinstance(raw[key], bool) or not isinstance(raw[key], int | float)):
+        if key in raw and (type(raw[key]) not in (int, float) or not math.isfinite(raw[key])):
             raise ValueError(f"{key} must be a number, not {raw[key]!r}")
     if raw.get("spread", 0) < 0:
         raise ValueError(f"spread must be at least 0, not {raw['spread']}")
@@ -178,12 +179,12 @@ def _entry(raw: Any) -> Entry:
         if added := [flag for flag in OURS if flag in entry.command]:
             raise ValueError(f"command must leave out {added[0]}: it is added for each run")
         if _value(entry.argv, "--dataset") != entry.dataset:
-            raise ValueError(f"command has another --dataset than the entry: {_value(entry.argv, '--dataset')}")
+            raise ValueError(f"command must say --dataset {entry.dataset}")
     return entry
 
 
 def _whole(value: Any, low: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+    return type(value) is int and value >= low
 
 
 # ---------------------------------------------------------------- beside our runs
@@ -283,11 +284,10 @@ def report(args: argparse.Namespace) -> DataFrame:
         note(f"{error}; showing what is published")
         runs = pd.DataFrame(columns=["settings_hash"])
     table = compared(entries, runs)
-    if not entries:
-        note(f"no published figure of {args.paper} is known: {about}")
-    elif (lacking := table["why_not"].dropna()).size:
-        for why, n in lacking.value_counts().items():
-            note(f"cannot run {n} of {len(table)} cells: {why}")
+    if about:
+        note(about)
+    for why, n in table["why_not"].value_counts().items():
+        note(f"cannot run {n} of {len(table)} cells: {why}")
     return table
 
 
@@ -316,8 +316,8 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if not entries:
-        print(f"nothing to run: {about}", file=sys.stderr)
+    if about:
+        print(about, file=sys.stderr)
     for entry in entries:
         if (why := entry.missing()) is not None:
             said = f"{entry.method}, {entry.dataset}, {entry.shown_setting}, {entry.metric}"

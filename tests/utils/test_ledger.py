@@ -97,10 +97,7 @@ def test_every_command_parses_but_those_that_wait_for_a_data_set():
             with pytest.raises(UserError, match="unknown dataset"):
                 parsed(command)
             continue
-        args = parsed(command)
-        assert args.command == command  # nothing that a shell would see otherwise
-        names = re.findall(r"--(\w+)", command)
-        assert all(name in vars(args) or name in ("network", "preset") for name in names)
+        assert parsed(command).command == command  # nothing that a shell would see otherwise
     assert waiting == NOT_YET
 
 
@@ -130,6 +127,7 @@ def wrong(file: Path) -> str:
         ({"source": None}, "source must be text"),
         ({"value": "70"}, "value must be a number"),
         ({"value": True}, "value must be a number"),
+        ({"value": float("nan")}, "value must be a number"),
         ({"spread": -1}, "spread must be at least 0"),
         ({"runs": 0}, "runs must be a whole number"),
         ({"seeds": []}, "seeds must be a list"),
@@ -141,7 +139,7 @@ def wrong(file: Path) -> str:
         ({"needs": "a network"}, "and not both"),
         ({"command": "main.py --model er"}, "must begin with"),
         ({"command": COMMAND + " --seed 3"}, "leave out --seed"),
-        ({"dataset": "seq-glyphs"}, "another --dataset"),
+        ({"dataset": "seq-glyphs"}, "must say --dataset seq-glyphs"),
     ],
 )
 def test_a_wrong_entry_is_named(tmp_path, change, said):
