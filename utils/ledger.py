@@ -21,6 +21,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -190,16 +191,16 @@ def _whole(value: Any, low: int) -> bool:
 # ---------------------------------------------------------------- beside our runs
 
 
-def settings(entry: Entry) -> str:
-    """The hash, without the seed, of the settings that an entry's command resolves to.
-
-    Raises:
-        UserError: the command is not one that ``main.py`` takes here.
-    """
+@cache
+def settings(command: str) -> tuple[str, str | None]:
+    """The hash, without the seed, of the settings that a command resolves to, and why ``main.py`` does not take it."""
     from utils.args import parse_args
     from utils.loggers import settings_hash
 
-    return settings_hash(parse_args(entry.argv), seed=False)
+    try:
+        return settings_hash(parse_args(shlex.split(command)[2:]), seed=False), None
+    except UserError as error:  # a package that is not installed, for one
+        return "", str(error)
 
 
 def status(entry: Entry, values: Sequence[float]) -> tuple[float, float, str]:
@@ -224,20 +225,12 @@ def compared(entries: Sequence[Entry], runs: DataFrame) -> DataFrame:
     """
     import pandas as pd
 
-    hashes: dict[str, str] = {}  # command -> settings, or why there are none
     rows = []
     for entry in entries:
         why, values = entry.missing(), pd.Series(dtype=float)
         if why is None:
-            if entry.command not in hashes:
-                try:
-                    hashes[entry.command] = settings(entry)
-                except UserError as error:  # a package that is not installed, for one
-                    hashes[entry.command] = f"! {error}"
-            found = hashes[entry.command]
-            if found.startswith("!"):
-                why = found[2:]
-            elif entry.metric in runs:
+            found, why = settings(entry.command)
+            if entry.metric in runs:
                 values = pd.to_numeric(runs.loc[runs["settings_hash"] == found, entry.metric], errors="coerce").dropna()
         mean, std, verdict = status(entry, list(values))
         n = len(values)
@@ -250,9 +243,12 @@ def compared(entries: Sequence[Entry], runs: DataFrame) -> DataFrame:
                 "confidence": entry.confidence,
                 "status": "cannot run" if why else verdict,
                 "n": n,
-                **{"paper_mean": entry.value, "paper_std": entry.spread, "paper_n": n},
-                **{"ours_mean": mean, "ours_std": std, "ours_n": n},
-                **{"difference_mean": mean - entry.value, "difference_std": None, "difference_n": n},
+                "paper_mean": entry.value,
+                "paper_std": entry.spread,
+                "ours_mean": mean,
+                "ours_std": std,
+                "difference_mean": mean - entry.value,
+                **dict.fromkeys(("paper_n", "ours_n", "difference_n"), n),  # as n: render says only where they differ
                 "source": entry.source,
                 "command": entry.command,
                 "seeds": " ".join(map(str, entry.seeds)),

@@ -263,7 +263,6 @@ def test_the_table_has_both_numbers(made, tmp_path, capsys, fmt):
 
 
 def test_wrong_use_of_the_flag(made, tmp_path, capsys):
-    write(made, GOOD)
     write(made, about="Nothing is public.")
     for argv, said in ((["--paper", "mde"], "did you mean 'made'?"), (["--paper", "made", "--sort", "faa"], "--sort")):
         assert compare.main([str(tmp_path), *argv]) == 2
