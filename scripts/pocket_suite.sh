@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every method of Herd on the pocket suite by one command, then the tables, and a page to look at them.
 #     bash scripts/pocket_suite.sh             # handwritten digits, Dirichlet 0.5, one seed of everything
-#     FULL=1 bash scripts/pocket_suite.sh      # the README's tables: characters too, more seeds, both betas
+#     FULL=1 bash scripts/pocket_suite.sh      # all tables of docs/pocket.md: characters too, more seeds, both betas
 # Finished runs are not run again, interrupted ones go on: stop it and start it when you like. JOBS=2, OUT=results/suite.
 set -euo pipefail
 cd "$(dirname "$0")/.."
