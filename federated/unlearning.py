@@ -120,6 +120,8 @@ def check(args, cls: type) -> None:
             f"--unlearn {args.unlearn} acts on a network's own weights and loss, and {args.model} trains vectors added "
             f"to a frozen network; choose from {', '.join((['own'] if own else []) + able)}"
         )
+    if args.unlearn != "own" and get_unlearner_class(args.unlearn).NEEDS_HISTORY and not args.unlearn_history:
+        raise UserError(f"--unlearn {args.unlearn} needs every client's past updates: train with --unlearn_history 1")
     if args.joint == 0 and args.stop_after is not None:
         raise UserError("--unlearn_client needs a whole run: leave out --stop_after")
     if args.exclude_clients:

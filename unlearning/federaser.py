@@ -18,6 +18,7 @@ from utils.args import number
 
 class FedEraser(Unlearner):
     NAME = "federaser"
+    NEEDS_HISTORY = True
     REPLAYS = True
 
     @staticmethod

@@ -23,6 +23,7 @@ from utils.errors import UserError
 
 class Fused(Unlearner):
     NAME = "fused"
+    NEEDS_HISTORY = True
     ON_TASK_VECTORS = False
 
     @staticmethod

@@ -15,6 +15,7 @@ from models.utils.unlearner import Unlearner
 
 class History(Unlearner):
     NAME = "history"
+    NEEDS_HISTORY = True
 
     def unlearn(self, clients, who: list[int]) -> None:
         for t in range(self.current_task + 1):

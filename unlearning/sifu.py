@@ -39,6 +39,7 @@ def sensitivity(rounds: list[dict], who: list[int], contraction: float = 1.0) ->
 
 class SIFU(Unlearner):
     NAME = "sifu"
+    NEEDS_HISTORY = True
     REPLAYS = True
 
     @staticmethod

@@ -31,6 +31,7 @@ class Unlearner(FederatedModel):
 
     TRAINING = ("local_update", "for_epochs")  # client halves that count as rounds
     REPLAYS = False
+    NEEDS_HISTORY = False  # whether it reads ``history``
     ON_TASK_VECTORS = True  # whether it can act on vectors that are added to a frozen network
 
     @staticmethod
@@ -67,14 +68,11 @@ class Unlearner(FederatedModel):
         """Past rounds.
 
         Raises:
-            UserError: they were not kept.
+            UserError: there are none, as clients train nothing that is averaged.
         """
         kept = self.__dict__.get("_own_history")
         if not kept:
-            raise UserError(
-                f"--unlearn {self.UNLEARNER} needs every client's past updates, which this run has not kept: train it "
-                "with --unlearn_history 1"
-            )
+            raise UserError(f"--unlearn {self.UNLEARNER}: clients of {self.NAME} send no updates that are averaged")
         return kept
 
     def rounds_of(self, task: int) -> list[tuple[int, dict]]:

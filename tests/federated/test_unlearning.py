@@ -148,7 +148,7 @@ def test_a_run_that_has_kept_nothing(run, tmp_path):
     assert "has not kept its state" in run.said.err
     plain = FAST.replace("--unlearn_history 1", "")
     run("--unlearn history --unlearn_client 1", code=2, base=f"{BASE} {plain}")
-    assert "train it with --unlearn_history 1" in run.said.err and "Traceback" not in run.said.err
+    assert "train with --unlearn_history 1" in run.said.err and "Traceback" not in run.said.err
 
 
 def test_in_the_middle_of_training(run):
