@@ -11,7 +11,8 @@ from pathlib import Path
 import torchvision.datasets as tv
 
 from datasets.utils.cifar import CLIP
-from datasets.utils.mapped import MappedDataset, Part, divided
+from datasets.utils.mapped import MappedDataset, Part
+from datasets.utils.readers import divided
 
 TEMPLATES = (  # the seven that CLIP's authors found to do as well as all eighty
     "itap of a {}.",

@@ -19,6 +19,14 @@ IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
+FEDERATED = {
+    "backbone": "vit",
+    "n_epochs": 5,
+    "num_comm_rounds": 5,
+    "batch_size": 16,
+    "num_clients": 10,
+}  # fed-mammoth's
+
 
 def wants_224(backbone: str | None) -> bool:
     """Whether a backbone of that name takes 224-pixel images: the ViTs and CLIP, except vit-pocket."""
@@ -42,14 +50,7 @@ class CIFARDataset(ContinualDataset):
     SETTING = "class-il"
     SIZE = (32, 32)
     TRAIN_AUGMENT = [RandomCrop(32, padding=4), RandomHorizontalFlip()]
-    FED_DEFAULTS = {
-        "backbone": "vit",
-        "n_epochs": 5,
-        "num_comm_rounds": 5,
-        "batch_size": 16,
-        "num_clients": 10,
-        "distribution_alpha": 0.05,
-    }
+    FED_DEFAULTS = {**FEDERATED, "distribution_alpha": 0.05}
 
     def configure(self) -> None:
         backbone = self.get_backbone()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,25 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Subset
 
-from datasets.utils import seeded, stratified_split
 from datasets.utils.continual_dataset import ContinualDataset
-from datasets.utils.stacked import Stacked, mapped_images
+from datasets.utils.stacked import Stacked, mapped_images, square
 from utils.errors import RunError, UserError
-
-
-def divided(samples, labels, share: float, train: bool, name: str) -> Subset:
-    """The training part of a data set that has none, or its test part, a ``share`` of each class: always the same."""
-    return Subset(samples, stratified_split(np.asarray(labels), share, seeded(0, name))[0 if train else 1])
-
-
-def found(reader, root, **kwargs):
-    """torchvision's data set from its files, or else downloaded."""
-    try:
-        return reader(root, download=False, **kwargs)
-    except Exception:  # not there, not whole: the download says more
-        return reader(root, download=True, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -39,6 +25,7 @@ class Part:
         read: (--base_path, train?) -> (a sequence of (PIL image, label), names of the classes).
         classes: how many there must be. how: what to do where it is not there; ``{}`` becomes --base_path.
         size: side of the images that are kept; None: the benchmark's.
+        lists: files within --base_path that say, where they are there, which images are for training and for testing.
     """
 
     name: str
@@ -46,6 +33,42 @@ class Part:
     classes: int
     how: str
     size: int | None = None
+    lists: tuple[str, ...] = ()
+
+    def arrays(
+        self, root: Path, folder: str, train: bool, size: int, fit: Callable = square
+    ) -> tuple[np.ndarray, np.ndarray, list[str]]:
+        """Images (N, 3, size, size) as a memory map, labels (N,) and class names; read once, then kept.
+
+        Args:
+            root: --base_path. folder: where arrays are kept, within it. fit: how images are brought to the size.
+
+        Raises:
+            UserError: the files are not there, or not as they should be. RunError: arrays cannot be written.
+        """
+        split = "train" if train else "test"
+
+        def read():
+            samples, names = self.read(root, train)
+            if len(names) != self.classes:
+                raise ValueError(f"{len(names)} classes instead of {self.classes}")
+            return samples, names
+
+        try:
+            there = [root / name for name in self.lists if (root / name).exists()]
+            said = zlib.crc32(b"".join(file.read_bytes() for file in there))  # another list, another division
+            name = f"{split}-{said:08x}" if there else split
+            got = mapped_images(root / folder / self.name, name, size, read, fit)
+            if len(got[1]) == 0 or got[1].min() < 0 or got[1].max() >= self.classes:
+                raise ValueError(f"no {split} images, or labels beyond {self.classes - 1}")
+            return got
+        except (UserError, RunError):
+            raise
+        except Exception as e:
+            reason = (" ".join(str(e).split()) or type(e).__name__)[:150]
+            raise UserError(
+                f"{self.name} cannot be read or downloaded ({reason}): {self.how.format(root.absolute())}"
+            ) from e
 
 
 class MappedDataset(ContinualDataset):
@@ -57,25 +80,14 @@ class MappedDataset(ContinualDataset):
     PARTS: Sequence[Part]
     FOLDER: str
 
-    def _part(self, part: Part, train: bool):
-        root, split = Path(self._arg("base_path", "./data/")), "train" if train else "test"
-        try:
-            read = functools.partial(part.read, root, train)
-            got = mapped_images(root / self.FOLDER / part.name, split, part.size or self.SIZE[0], read)
-            if len(got[2]) != part.classes:
-                raise ValueError(f"{len(got[2])} classes instead of {part.classes}")
-            return got
-        except (UserError, RunError):
-            raise
-        except Exception as e:
-            reason = (" ".join(str(e).split()) or type(e).__name__)[:150]
-            raise UserError(
-                f"{self.NAME}: {part.name} cannot be read or downloaded ({reason}): {part.how.format(root.absolute())}"
-            ) from e
-
     @functools.cached_property
     def _maps(self) -> dict:
-        return {(part.name, train): self._part(part, train) for part in self.PARTS for train in (True, False)}
+        root = Path(self._arg("base_path", "./data/"))
+        return {
+            (part.name, train): part.arrays(root, self.FOLDER, train, part.size or self.SIZE[0])
+            for part in self.PARTS
+            for train in (True, False)
+        }
 
     def _cached(self, train: bool) -> tuple[Stacked, Tensor]:
         parts = [self._maps[part.name, train] for part in self.PARTS]

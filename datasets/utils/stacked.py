@@ -5,7 +5,9 @@ What does not fit in memory stays on disk: a batch reads its own images, and the
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +27,22 @@ def square(image, size: int) -> np.ndarray:
     return np.asarray(image).transpose(2, 0, 1)
 
 
-def mapped_images(folder: Path, part: str, size: int, read: Callable) -> tuple[np.ndarray, np.ndarray, list[str]]:
+def whole(image, size: int) -> np.ndarray:
+    """A PIL image as RGB, stretched to a square of side ``size`` (bicubic); uint8 (3, size, size)."""
+    return np.asarray(TF.resize(image.convert("RGB"), [size, size], BICUBIC, antialias=True)).transpose(2, 0, 1)
+
+
+def mapped_images(
+    folder: Path, part: str, size: int, read: Callable, fit: Callable = square
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Images (N, 3, size, size) as a memory map, labels (N,) and class names, read once and then kept in ``folder``.
 
     Args:
         part: name of the files. read: called if they are not there; gives (a sequence of (PIL image, label), names).
+        fit: :func:`square` or :func:`whole`.
     """
-    file, info = folder / f"{part}-{size}.npy", folder / f"{part}-{size}.npz"
+    name = f"{part}-{size}" if fit is square else f"{part}-{size}-{fit.__name__}"
+    file, info = folder / f"{name}.npy", folder / f"{name}.npz"
 
     def make() -> dict[str, np.ndarray]:
         """Write the images first: where there are labels, there are images."""
@@ -40,12 +51,17 @@ def mapped_images(folder: Path, part: str, size: int, read: Callable) -> tuple[n
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(file) as temporary:
             images = np.lib.format.open_memmap(temporary, "w+", np.uint8, (len(samples), 3, size, size))
-            bar = tqdm(range(len(samples)), desc=f"reading {folder.name}, {part}", mininterval=1)
-            for i in bar:
+
+            def keep(i: int) -> None:
                 image, labels[i] = samples[i]
-                images[i] = square(image, size)
+                images[i] = fit(image, size)
+
+            with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # decoding runs side by side
+                done = threads.map(keep, range(len(samples)))
+                bar = tqdm(done, desc=f"reading {folder.name}, {part}", total=len(samples), mininterval=1)
+                for _ in bar:
+                    pass
             images.flush()
-            del images
         return {"labels": labels, "names": np.array(names)}
 
     if not file.exists():
