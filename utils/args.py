@@ -522,6 +522,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     _check(args, cls, data_cls)
     # A run is found again before its method is built, and methods fill in settings when they are: what was asked for
     # is what names it.
+    data_cls.settle(args)
     args.asked = dict(vars(args))
     return args
 

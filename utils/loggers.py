@@ -28,6 +28,7 @@ NOT_IDENTITY = {
     "command",
     "results_path",
     "base_path",
+    "data_dir",  # what lies there counts (data_fingerprint)
     "savecheck",
     "loadcheck",
     "stop_after",

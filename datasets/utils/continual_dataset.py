@@ -33,9 +33,9 @@ def preload(arrays: dict[tuple[str, str, bool], tuple[np.ndarray, np.ndarray]]) 
 class ContinualDataset:
     """A benchmark: images, their division into tasks, and how they are fed to the network.
 
-    Subclasses set the class attributes below and write :meth:`load_arrays`. Two settings: ``class-il`` (tasks have
-    classes of their own) and ``domain-il`` (every task has all samples and classes; :meth:`task_images` changes the
-    images).
+    Subclasses set the class attributes below and write :meth:`load_arrays`. Three settings: ``class-il`` (tasks have
+    classes of their own), ``domain-il`` (every task has all samples and classes; :meth:`task_images` changes the
+    images) and ``general-continual`` (one task, a ``STREAM`` whose samples come in their order).
 
     Fields of ``args`` that are read, all optional: ``dataset, base_path ('./data/'), seed, backbone, fl, batch_size,
     n_epochs, minibatch_size, device, drop_last, permute_classes (0/1), validation (percentage of the training set that
@@ -64,6 +64,7 @@ class ContinualDataset:
     TEST_AUGMENT: list = []
     DEFAULTS: dict[str, Any] = {}
     FED_DEFAULTS: dict[str, Any] = {}  # on top of DEFAULTS under --fl
+    STREAM: bool = False  # training samples come in the order of the arrays, not shuffled; not so under --joint
     SOURCE: str | None = None  # datasets with equal SOURCE share one copy of their arrays
     taught_labels: Tensor | None = None  # (N,) what training samples are taught as, where that is not what they are
 
@@ -78,8 +79,10 @@ class ContinualDataset:
 
     def __init__(self, args: Namespace | None = None):
         self.args = args if args is not None else Namespace()
-        if self.SETTING not in ("class-il", "domain-il"):
-            raise ValueError(f"{self.NAME}: SETTING is 'class-il' or 'domain-il', not {self.SETTING!r}")
+        if self.SETTING not in ("class-il", "domain-il", "general-continual"):
+            raise ValueError(
+                f"{self.NAME}: SETTING is 'class-il', 'domain-il' or 'general-continual', not {self.SETTING!r}"
+            )
         per_task = self.N_CLASSES_PER_TASK
         self._sizes = [per_task] * self.N_TASKS if isinstance(per_task, int) else list(per_task)
         if len(self._sizes) != self.N_TASKS:
@@ -104,6 +107,10 @@ class ContinualDataset:
     def get_parser(parser):
         """Add flags of the dataset's own; returns the parser."""
         return parser
+
+    @staticmethod
+    def settle(args: Namespace) -> None:
+        """Turn what the benchmark depends on besides its flags into settings, before these name the run."""
 
     def configure(self) -> None:
         """Adapt SIZE, MEAN, STD, TRAIN_AUGMENT, TEST_AUGMENT to ``self.args``, as instance attributes."""
@@ -397,6 +404,11 @@ class SampleView:
             images[rows] = self.source.task_images(images[rows], t)
         return images
 
+    def order(self, n: int, generator: torch.Generator | None) -> Tensor:
+        """Positions of n samples in the order in which an epoch shows them."""
+        stream = self.source.STREAM and not self.source.joint
+        return torch.randperm(n, generator=generator) if self.train and not stream else torch.arange(n)
+
     def extra_fields(self) -> tuple[str, ...]:
         """Names of the extra tensors, in the order in which they are returned."""
         implied = ("logits",) if hasattr(self, "logits") and "logits" not in self.extra_return_fields else ()
@@ -443,8 +455,7 @@ class BatchLoader:
         return n // self.batch_size if self.drop_last else -(-n // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        n = len(self.dataset)
-        order = torch.randperm(n, generator=self.dataset.generator) if self.dataset.train else torch.arange(n)
+        order = self.dataset.order(len(self.dataset), self.dataset.generator)
         for positions in order.split(self.batch_size)[: len(self)]:
             yield self.dataset.batch(positions)
 
@@ -471,7 +482,7 @@ class ManyLoader:
     def __iter__(self) -> Iterator[tuple[list[int], Tensor, Tensor]]:
         offset, orders = 0, []
         for n, generator in self.parts:
-            orders.append((torch.randperm(n, generator=generator) + offset).split(self.batch_size))
+            orders.append((self.dataset.order(n, generator) + offset).split(self.batch_size))
             offset += n
         for j in range(len(self)):
             mine = [batches[j] for batches in orders if j < len(batches)]

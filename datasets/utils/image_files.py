@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.utils.cifar import CLIP
+from datasets.utils.cifar import CLIP, FEDERATED
 from datasets.utils.continual_dataset import _ARRAYS, ContinualDataset
 from datasets.utils.mapped import Part
-from datasets.utils.stacked import Stacked, whole
+from datasets.utils.stacked import Stacked, square, whole
+from datasets.utils.transforms import BICUBIC, ColorJitter, RandomHorizontalFlip, RandomResizedCrop, Resize
 
 IN_MEMORY = 2 * 2**30  # bytes of images, of training or of testing; more stay on disk
 
@@ -62,3 +63,21 @@ class FileDataset(ContinualDataset):
     def load_arrays(self, train: bool) -> tuple[Tensor, Tensor]:
         images, labels, _ = self._read(train)
         return torch.from_numpy(np.array(images)), torch.from_numpy(labels)
+
+
+class JitteredDataset(FileDataset):
+    """What Mammoth does to DTD, GTSRB, SUN397 and SVHN: crops of at least four fifths of the area, flips and other
+    colours; CLIP's statistics and, for testing, CLIP's preparation. Mirrored digits and traffic signs are Mammoth's.
+    """
+
+    FOLDER = "8vision"  # the arrays of seq-8vision
+    MEAN, STD = CLIP
+    KEEP_TRAIN = KEEP_TEST = (224, square)
+    TRAIN_AUGMENT = [
+        RandomResizedCrop(224, scale=(0.8, 1.0)),
+        RandomHorizontalFlip(),
+        ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.1),
+    ]
+    TEST_AUGMENT = [Resize(224, BICUBIC)]
+    DEFAULTS = {"backbone": "vit", "n_epochs": 20, "batch_size": 128}
+    FED_DEFAULTS = {**FEDERATED, "distribution_alpha": 0.5}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -53,26 +53,38 @@ def found(reader, root, **kwargs):
         return reader(root, download=True, **kwargs)
 
 
+def fetched(file: Path, url: str, md5: str | None = None) -> Path:
+    """``file``, downloaded unless it is there; it appears whole or not at all.
+
+    Raises:
+        RuntimeError, OSError: no download, or a file whose checksum is another.
+    """
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent, prefix=".fetching-") as temporary:
+            download_url(url, temporary, file.name, md5)
+            os.rename(Path(temporary) / file.name, file)
+    elif not check_integrity(file, md5):
+        raise RuntimeError(f"{file} is damaged: its md5 is not {md5}")
+    return file
+
+
 def unpacked(folder: Path, url: str, md5: str | None = None) -> Path:
-    """``folder`` out of the archive at ``url``, unless it is there. An archive that lies beside it is used.
+    """``folder`` out of the archive at ``url``, which is downloaded and stays beside it, unless one of them is there.
 
     The folder, which must be what the archive holds, appears whole or not at all.
 
     Raises:
         RuntimeError, OSError: no download, or an archive whose checksum is another.
     """
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unpacking-") as temporary:
-        archive = folder.parent / url.rsplit("/", 1)[1]
-        if not archive.exists():
-            download_url(url, temporary, md5=md5)
-            archive = Path(temporary) / archive.name
-        elif not check_integrity(archive, md5):
-            raise RuntimeError(f"{archive} is damaged: its md5 is not {md5}")
-        extract_archive(archive, Path(temporary) / "out")
-        os.rename(Path(temporary) / "out" / folder.name, folder)
+    if not folder.is_dir():
+        archive = fetched(folder.parent / url.rsplit("/", 1)[1], url, md5)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unpacking-") as temporary:
+            try:
+                extract_archive(archive, temporary)
+                os.rename(Path(temporary) / folder.name, folder)
+            except Exception as e:  # cut short, another format, other contents
+                raise RuntimeError(f"{archive} cannot be unpacked ({e}): delete it") from e
     return folder
 
 
@@ -81,9 +93,8 @@ def class_folders(folder: Path) -> list[str]:
     return sorted(f.name for f in os.scandir(folder) if f.is_dir() and not f.name.startswith("."))
 
 
-def image_folder(folder: Path, classes: Sequence[str] | None = None) -> Files:
-    """The images in the folders of ``classes`` (default: all) of a folder, sorted by class and path."""
-    classes = class_folders(folder) if classes is None else classes
+def image_folder(folder: Path, classes: Sequence[str]) -> Files:
+    """The images in the folders of ``classes`` in a folder, sorted by class and path."""
     return Files(make_dataset(folder, {c: i for i, c in enumerate(classes)}, extensions=IMG_EXTENSIONS))
 
 
@@ -92,14 +103,15 @@ def labels_of(files: Files) -> list[int]:
     return [label for _, label in files.files]
 
 
-def divided_folder(folder: Path, train: bool, name: str) -> tuple[Sequence, list[str]]:
+def divided_folder(folder: Path, train: bool, name: str, left_out: Collection[str] = ()) -> tuple[Sequence, list[str]]:
     """``folder``/train and /test, with a folder for each class, or else the classes' folders and a fixed fifth of each
     for testing."""
-    if (folder / "train").is_dir() and (folder / "test").is_dir():
-        classes = class_folders(folder / "train")
+    apart = (folder / "train").is_dir() and (folder / "test").is_dir()
+    classes = [c for c in class_folders(folder / "train" if apart else folder) if c not in left_out]
+    if apart:
         return image_folder(folder / ("train" if train else "test"), classes), classes
-    data = image_folder(folder)
-    return divided(data, labels_of(data), 0.2, train, name), class_folders(folder)
+    data = image_folder(folder, classes)
+    return divided(data, labels_of(data), 0.2, train, name), classes
 
 
 def told(root: Path, lists: Sequence[str], train: bool) -> Path | None:

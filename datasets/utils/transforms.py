@@ -289,3 +289,40 @@ class RandomAffine(BatchTransform):
         grid = F.affine_grid(theta.to(y.dtype), list(x.shape), align_corners=False)
         y = F.grid_sample(y, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
         return y if x.is_floating_point() else y.round_().clamp_(0, 255).to(x.dtype)
+
+
+class ColorJitter(BatchTransform):
+    """Change brightness, contrast, saturation and hue of each image, in this order (torchvision draws the order too).
+
+    Args:
+        brightness, contrast, saturation: factors lie in [1 - value, 1 + value].
+        hue: shifts lie in [-value, value], of a full circle of 1.
+    """
+
+    def __init__(self, brightness: float = 0.0, contrast: float = 0.0, saturation: float = 0.0, hue: float = 0.0):
+        self.brightness, self.contrast, self.saturation, self.hue = brightness, contrast, saturation, hue
+
+    def apply(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        ranges = torch.tensor([self.brightness, self.contrast, self.saturation, self.hue])
+        drawn = (2 * rand(len(x), 4, generator=generator) - 1) * ranges + torch.tensor([1.0, 1.0, 1.0, 0.0])
+        y = self.jitter(to_float(x), send(drawn, x.device))
+        return y if x.is_floating_point() else (y * 255).round_().to(x.dtype)
+
+    @staticmethod
+    def jitter(x: Tensor, drawn: Tensor) -> Tensor:
+        """Float images (B, 3, H, W) changed by ``drawn`` (B, 4): three factors and the shift of the hue."""
+        brightness, contrast, saturation, hue = drawn.view(-1, 4, 1, 1, 1).unbind(1)
+        x = (x * brightness).clamp(0, 1)
+        x = (contrast * x + (1 - contrast) * _grey(x).mean((1, 2, 3), keepdim=True)).clamp(0, 1)
+        x = (saturation * x + (1 - saturation) * _grey(x)).clamp(0, 1)
+        r, g, b = x.unbind(1)
+        value, chroma = x.amax(1), x.amax(1) - x.amin(1)
+        d = chroma.clamp(min=1e-12)  # without chroma there is no hue, and none is needed
+        angle = torch.where(value == r, (g - b) / d, torch.where(value == g, (b - r) / d + 2, (r - g) / d + 4))
+        k = (angle[:, None] + 6 * hue + _constant((5.0, 3.0, 1.0), x.dtype, x.device)) % 6
+        return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def _grey(x: Tensor) -> Tensor:
+    """Luminance (B, 1, H, W) of (B, 3, H, W)."""
+    return (x * _constant((0.2989, 0.587, 0.114), x.dtype, x.device)).sum(1, keepdim=True)

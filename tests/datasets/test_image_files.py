@@ -6,7 +6,9 @@ import dataclasses
 import hashlib
 import json
 import tarfile
+import zipfile
 from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +24,7 @@ from datasets.utils.stacked import Stacked, square, whole
 from datasets.utils.transforms import BICUBIC
 from utils.errors import UserError
 
-from .test_8vision import write_cars, write_folders
+from .test_8vision import write_cars, write_dtd, write_folders, write_gtsrb, write_sun, write_svhn
 
 SIDE = 8
 WNIDS = [f"n{c:08d}" for c in range(200)]
@@ -83,6 +85,16 @@ TABLE = {  # tasks, classes per task, central epochs and batch, --fl: rounds, al
     "seq-cub200": (10, 20, 50, 128, 5, 0.5),
     "seq-cars196": (10, [20] * 9 + [16], 50, 128, 10, 0.2),
     "seq-eurosat-rgb": (5, 2, 5, 128, 5, 0.5),
+    "seq-tinyimg": (10, 20, 50, 32, 5, 0.05),
+    "seq-isic": (3, 2, 30, 128, 5, 0.5),
+    "seq-resisc45": (9, 5, 30, 128, 5, 0.5),
+    "seq-cropdisease": (7, 5, 5, 128, 5, 0.5),
+    "seq-chestx": (2, 3, 30, 128, 5, 0.5),
+    "seq-mit67": (10, [7] * 7 + [6] * 3, 50, 32, 5, 0.5),
+    "seq-svhn": (5, 2, 20, 128, 5, 0.5),
+    "seq-gtsrb": (5, [10] * 4 + [3], 20, 128, 5, 0.5),
+    "seq-dtd": (5, [10] * 4 + [7], 20, 128, 5, 0.5),
+    "seq-sun397": (8, [50] * 7 + [47], 20, 128, 5, 0.5),
 }
 
 
@@ -121,6 +133,16 @@ def test_pipelines(name, fl, monkeypatch):
         ("seq-cub200", ["CUB_200_2011.tgz (md5 97eceeb196236b17998738112f37df78"]),
         ("seq-cars196", ["stanford_cars", "devkit"]),
         ("seq-eurosat-rgb", ["2750", "EuroSAT.zip"]),
+        ("seq-tinyimg", ["tiny-imagenet-200.zip (md5 90528d7ca1a48142e341f4ef8d21d0de"]),
+        ("seq-isic", ["ISIC2018_Task3_Training_Input.zip", "ISIC2018_Task3_Training_GroundTruth.zip", "isic"]),
+        ("seq-resisc45", ["NWPU-RESISC45"]),
+        ("seq-cropdisease", ["PlantVillage", "cropdisease"]),
+        ("seq-chestx", ["Data_Entry_2017.csv", "test_list.txt", "chestx"]),
+        ("seq-mit67", ["indoorCVPR_09.tar", "TrainImages.txt", "MIT67"]),
+        ("seq-svhn", ["train_32x32.mat"]),
+        ("seq-gtsrb", ["gtsrb"]),
+        ("seq-dtd", ["dtd-r1.0.1.tar.gz"]),
+        ("seq-sun397", ["SUN397.tar.gz"]),
     ],
 )
 def test_missing_files(name, said, tmp_path):
@@ -207,7 +229,7 @@ def test_cub_from_the_archive(tmp_path, monkeypatch):
     root.mkdir()
     with tarfile.open(root / "CUB_200_2011.tgz", "w:gz") as tar:
         tar.add(tmp_path / "made" / "CUB_200_2011", "CUB_200_2011")
-    with pytest.raises(UserError, match="cub200 cannot be .*CUB_200_2011.tgz is damaged: its md5 is not 97ee"):
+    with pytest.raises(UserError, match="cub200 cannot be .*CUB_200_2011.tgz is damaged: its md5 is not 97ec"):
         make("seq-cub200", root, monkeypatch)
     digest = hashlib.md5((root / "CUB_200_2011.tgz").read_bytes()).hexdigest()
     monkeypatch.setattr("datasets.seq_cub200.MD5", digest)
@@ -248,6 +270,153 @@ def test_eurosat(tmp_path):
         assert np.array_equal(images[0].numpy(), whole(picture("Land3", i), 64))
 
 
+def test_tiny_imagenet(tmp_path, monkeypatch):
+    base, wnids = tmp_path / "tiny-imagenet-200", WNIDS[::-1]  # the order of wnids.txt, not that of the alphabet
+    base.mkdir()
+    (base / "wnids.txt").write_text("\n".join(wnids) + "\n")
+    rows = []
+    for c, w in enumerate(wnids):
+        put(base / "train" / w / "images" / f"{w}_0.JPEG", w)
+        put(base / "val" / "images" / f"val_{c}.JPEG", c)
+        rows.append(f"val_{c}.JPEG\t{w}\t0\t0\t63\t63\n")
+    (base / "val" / "val_annotations.txt").write_text("".join(rows[::-1]))
+    d = make("seq-tinyimg", tmp_path, monkeypatch)
+    assert_holds(d, {(w,): c for c, w in enumerate(wnids)}, {(c,): c for c in range(200)})
+
+
+def test_tiny_imagenet_takes_the_pipeline_of_its_backbone(monkeypatch):
+    cls = get_dataset_class("seq-tinyimg")
+    monkeypatch.setattr(cls, "_load", lambda self: None)
+    small, vit, fed = cls(Namespace()), cls(Namespace(backbone="vit")), cls(Namespace(fl=True))
+    assert small.SIZE == (64, 64) and small.get_backbone() == "resnet18" and vit.SIZE == fed.SIZE == (224, 224)
+    assert small.MEAN == vit.MEAN == fed.MEAN == (0.4802, 0.4480, 0.3975)
+    x = torch.rand(2, 3, 64, 64)
+    want = TF.resize(TF.resize(x, [224], BICUBIC), [256], BICUBIC)[:, :, 16:240, 16:240]
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (fed.MEAN, fed.STD))
+    torch.testing.assert_close(fed.get_test_transform()(x), (want - mean) / std)
+    assert cls(Namespace(fl=True, backbone="resnet18")).SIZE == (64, 64)
+
+
+def test_isic(tmp_path, monkeypatch):
+    codes = ["MEL", "NV", "BCC", "AKIEC", "BKL", "DF", "VASC"]
+    home, name = tmp_path / "isic", "ISIC2018_Task3_Training"
+    lines, want = ["image," + ",".join(codes)], {}
+    for i in range(70):
+        put(home / f"{name}_Input" / f"ISIC_{i:07d}.jpg", i)
+        lines.append(f"ISIC_{i:07d}," + ",".join("1.0" if c == i % 7 else "0.0" for c in range(7)))
+        if i % 7 != 1:
+            want[(i,)] = [0, None, 1, 2, 3, 4, 5][i % 7]
+    (tmp_path / f"{name}_GroundTruth").mkdir()
+    (tmp_path / f"{name}_GroundTruth" / f"{name}_GroundTruth.csv").write_text("\n".join(lines) + "\n")
+    with zipfile.ZipFile(home / f"{name}_GroundTruth.zip", "w") as z:
+        z.write(
+            tmp_path / f"{name}_GroundTruth" / f"{name}_GroundTruth.csv", f"{name}_GroundTruth/{name}_GroundTruth.csv"
+        )
+    d = make("seq-isic", tmp_path, monkeypatch)
+    assert torch.bincount(d.train_labels).tolist() == [8] * 6 and torch.bincount(d.eval_labels).tolist() == [2] * 6
+    both = contents(d.train_images, d.train_labels) | contents(d.eval_images, d.eval_labels)
+    assert both == {pixels(*k).tobytes(): y for k, y in want.items()}
+
+
+def test_isic_is_tested_in_the_middle(monkeypatch):
+    """fed-mammoth's random crop of test images made every evaluation another one."""
+    cls = get_dataset_class("seq-isic")
+    monkeypatch.setattr(cls, "_load", lambda self: None)
+    for fl in (False, True):
+        d = cls(Namespace(fl=fl))
+        x = torch.rand(2, 3, *[d.KEEP_TEST[0]] * 2)
+        want = TF.center_crop(TF.resize(x, [256], BICUBIC), [224, 224])
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (d.MEAN, d.STD))
+        torch.testing.assert_close(d.get_test_transform()(x), (want - mean) / std)
+        assert not torch.equal(d.get_transform()(x), d.get_transform()(x))
+
+
+def test_resisc45(tmp_path, monkeypatch):
+    names = [f"scene_{c:02d}" for c in range(45)]
+    write_classes(tmp_path / "NWPU-RESISC45", names, 5)
+    d = make("seq-resisc45", tmp_path, monkeypatch)
+    assert torch.bincount(d.eval_labels).tolist() == [1] * 45 and len(d.train_labels) == 180
+    for part, i in (("train", 4), ("test", 2)):
+        content = {"data": [f"{n}/{i}.jpg" for n in names], "targets": list(range(45))}
+        (tmp_path / "NWPU-RESISC45" / f"resisc45_{part}.yaml").write_text(yaml.safe_dump(content))
+    d = make("seq-resisc45", tmp_path, monkeypatch)
+    assert_holds(d, *({(n, i): c for c, n in enumerate(names)} for i in (4, 2)))
+
+
+def test_cropdisease(tmp_path, monkeypatch):
+    names = [f"Crop_{c:02d}" for c in range(34)] + ["Peach___Bacterial_spot"]
+    left_out = ["Apple___Cedar_apple_rust", "Peach___healthy", "Potato___healthy"]
+    write_classes(tmp_path / "cropdisease", [*names, *left_out], 5)
+    d = make("seq-cropdisease", tmp_path, monkeypatch)
+    assert torch.bincount(d.eval_labels).tolist() == [1] * 35 and torch.bincount(d.train_labels).tolist() == [4] * 35
+    known = {pixels(n, i).tobytes(): c for c, n in enumerate(names) for i in range(5)}
+    assert contents(d.train_images, d.train_labels) | contents(d.eval_images, d.eval_labels) == known
+    for part, i in (("train", 1), ("test", 3)):
+        write = {"data": [f"{n}/{i}.jpg" for n in names], "labels": [str(c) for c in range(35)]}
+        (tmp_path / "cropdisease" / f"{part}.json").write_text(json.dumps(write))
+        for n in names:
+            put(tmp_path / "cropdisease" / "images" / n / f"{i}.jpg", n, i)
+    assert_holds(
+        make("seq-cropdisease", tmp_path, monkeypatch), *({(n, i): c for c, n in enumerate(names)} for i in (1, 3))
+    )
+
+
+def test_chestx(tmp_path, monkeypatch):
+    findings = ["Cardiomegaly", "Consolidation", "Edema", "Fibrosis", "Pleural_Thickening", "Pneumothorax"]
+    others = ["No Finding", "Hernia", "Cardiomegaly|Edema"]
+    home, lines, want = tmp_path / "chestx", ["Image Index,Finding Labels,Follow-up #"], {}
+    for i in range(90):
+        said = [*findings, *others][i % 9]
+        file = home / f"images_{i % 3:03d}" / "images" / f"{i:08d}_000.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        picture(i).convert("L").save(file)
+        lines.append(f"{file.name},{said},0")
+        if said in findings:
+            want[i] = findings.index(said)
+    (home / "Data_Entry_2017.csv").write_text("\n".join(lines) + "\n")
+    grey = lambda i: np.asarray(picture(i).convert("L").convert("RGB")).transpose(2, 0, 1).tobytes()  # noqa: E731
+    d = make("seq-chestx", tmp_path, monkeypatch)
+    assert torch.bincount(d.train_labels).tolist() == [8] * 6 and torch.bincount(d.eval_labels).tolist() == [2] * 6
+    both = contents(d.train_images, d.train_labels) | contents(d.eval_images, d.eval_labels)
+    assert both == {grey(i): y for i, y in want.items()}
+    for file, rows in (("train_val_list.txt", range(45)), ("test_list.txt", range(45, 90))):
+        (home / file).write_text("".join(f"{i:08d}_000.png\n" for i in rows))
+    d = make("seq-chestx", tmp_path, monkeypatch)
+    assert contents(d.train_images, d.train_labels) == {grey(i): y for i, y in want.items() if i < 45}
+    assert contents(d.eval_images, d.eval_labels) == {grey(i): y for i, y in want.items() if i >= 45}
+
+
+def test_mit67(tmp_path, monkeypatch):
+    rooms = [f"room_{c:02d}" for c in range(67)]
+    write_classes(tmp_path / "made" / "Images", rooms, 3)
+    home = tmp_path / "MIT67"
+    home.mkdir()
+    with tarfile.open(home / "indoorCVPR_09.tar", "w") as tar:
+        tar.add(tmp_path / "made" / "Images", "Images")
+    for file, i in (("TrainImages.txt", 2), ("TestImages.txt", 0)):
+        (home / file).write_text("\n".join(f"{r}/{i}.jpg" for r in rooms[::-1]))
+    d = make("seq-mit67", tmp_path, monkeypatch)
+    assert_holds(d, *({(r, i): c for c, r in enumerate(rooms)} for i in (2, 0)))
+    assert d.get_offsets(9) == (61, 67)
+
+
+def test_those_of_seq_8vision(tmp_path, monkeypatch):
+    """Read by the same readers and kept in the same files."""
+    write_dtd(tmp_path), write_gtsrb(tmp_path), write_sun(tmp_path), write_svhn(tmp_path, monkeypatch)
+    counts = {"dtd": (94, 47), "gtsrb": (86, 5), "sun397": (397, 397), "svhn": (20, 10)}
+    for name, (train, test) in counts.items():
+        side = 32 if name == "svhn" else 224
+        d = make(f"seq-{name}", tmp_path)
+        assert (len(d.train_labels), len(d.eval_labels)) == (train, test)
+        assert d.train_images[:1].shape == (1, 3, side, side) and d.SIZE == (224, 224)
+        assert (tmp_path / "8vision" / name / f"train-{side}.npy").exists()
+    raw = np.random.default_rng(20).integers(0, 256, (32, 32, 3, 20), dtype=np.uint8)  # of write_svhn
+    assert np.array_equal(d.train_images.numpy(), raw.transpose(3, 2, 0, 1))
+    assert d.train_labels.tolist() == [(i % 10 + 1) % 10 for i in range(20)]  # 10 stands for zero
+    x, y, plain = next(iter(d.get_data_loaders()[0]))
+    assert x.shape[1:] == (3, 224, 224) and plain.shape[1:] == (3, 32, 32) and set(y.tolist()) == {0, 1}
+
+
 def test_the_second_start_reads_nothing(tmp_path, monkeypatch):
     write_folders(tmp_path / "imagenet-a", WNIDS, 2)
     first = make("seq-imagenet-a", tmp_path, monkeypatch)
@@ -275,17 +444,24 @@ def test_a_download_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     put(tmp_path / "made" / "pets" / "a.jpg", 1)
     with tarfile.open(tmp_path / "pets.tar", "w") as tar:
         tar.add(tmp_path / "made" / "pets", "pets")
-    packed = (tmp_path / "pets.tar").read_bytes()
+    packed, url = (tmp_path / "pets.tar").read_bytes(), "https://x.org/pets.tar"
 
-    def download(url, root, md5):
-        assert url == "https://x.org/pets.tar" and md5 == "sum"
-        (root if hasattr(root, "joinpath") else type(tmp_path)(root)).joinpath("pets.tar").write_bytes(sent)
+    def download(address, root, name, md5):
+        assert (address, name, md5) == (url, "pets.tar", None)
+        (Path(root) / name).write_bytes(sent)
+        if not sent:
+            raise OSError("the line is dead")
 
     monkeypatch.setattr(readers, "download_url", download)
-    home, sent = tmp_path / "data", packed[:700]
-    with pytest.raises(Exception, match="could not be opened"):
-        unpacked(home / "pets", "https://x.org/pets.tar", "sum")
+    home, sent = tmp_path / "data", b""
+    with pytest.raises(OSError, match="the line is dead"):
+        unpacked(home / "pets", url)
     assert list(home.iterdir()) == []
+    sent = packed[:100]
+    with pytest.raises(RuntimeError, match="(?s)pets.tar cannot be unpacked.*delete it"):
+        unpacked(home / "pets", url)
+    assert [f.name for f in home.iterdir()] == ["pets.tar"]
+    (home / "pets.tar").unlink()
     sent = packed
-    assert [f.name for f in unpacked(home / "pets", "https://x.org/pets.tar", "sum").iterdir()] == ["a.jpg"]
-    assert [f.name for f in home.iterdir()] == ["pets"]
+    assert [f.name for f in unpacked(home / "pets", url).iterdir()] == ["a.jpg"]
+    assert sorted(f.name for f in home.iterdir()) == ["pets", "pets.tar"]

@@ -10,8 +10,10 @@ from datasets.utils.transforms import (
     BICUBIC,
     BILINEAR,
     CenterCrop,
+    ColorJitter,
     Compose,
     Denormalize,
+    Draws,
     Normalize,
     RandomAffine,
     RandomCrop,
@@ -175,3 +177,25 @@ def test_compose_passes_the_generator_and_takes_foreign_transforms_and_pil():
 def test_draws_do_not_depend_on_the_device(t):
     x = images(16)
     assert torch.allclose(t(x.cuda(), gen(1)).cpu(), t(x, gen(1)), atol=1e-3)
+
+
+def test_colour_jitter_is_torchvisions():
+    x = images(6, (5, 7))
+    x[0, :, 0] = x[0, :1, 0]  # grey pixels have no hue
+    x[1] = 0
+    drawn = torch.tensor([[1, 1, 1, -0.5], [1, 1, 1, 0.3], *[[0.8, 1.2, 0.9, 0.1]] * 2, *[[1.3, 0.5, 1.6, -0.2]] * 2])
+    got = ColorJitter.jitter(x, drawn)
+    for image, (b, c, s, h), y in zip(x, drawn.tolist(), got):
+        want = TF.adjust_saturation(TF.adjust_contrast(TF.adjust_brightness(image, b), c), s)
+        torch.testing.assert_close(y, TF.adjust_hue(want, h), atol=1e-5, rtol=0)
+
+
+def test_colour_jitter_draws_for_each_image():
+    jitter, x = ColorJitter(0.2, 0.2, 0.2, 0.1), images(1, (4, 4)).expand(8, -1, -1, -1)
+    y = jitter(x, gen(1))
+    assert len({image.numpy().tobytes() for image in y}) == 8 and y.min() >= 0 and y.max() <= 1
+    assert torch.equal(y, jitter(x, gen(1)))
+    torch.testing.assert_close(ColorJitter()(x), x)
+    apart = [jitter(x[:4], gen(k)) for k in (5, 6)]
+    assert torch.equal(jitter(x, Draws([(gen(k), 4) for k in (5, 6)])), torch.cat(apart))
+    assert jitter((x * 255).round().to(torch.uint8), gen(1)).dtype == torch.uint8
