@@ -53,8 +53,12 @@ def mapped_images(
             images = np.lib.format.open_memmap(temporary, "w+", np.uint8, (len(samples), 3, size, size))
 
             def keep(i: int) -> None:
-                image, labels[i] = samples[i]
-                images[i] = fit(image, size)
+                try:
+                    image, labels[i] = samples[i]
+                    fitted = fit(image, size)
+                except OSError as e:  # a fault of what is read, not of the file that is written
+                    raise ValueError(str(e)) from e
+                images[i] = fitted
 
             with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # decoding runs side by side
                 done = threads.map(keep, range(len(samples)))

@@ -11,6 +11,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from datasets import get_dataset
 from datasets.mnist_360 import rotated, stream
+from tests.helpers import only_folder, rows, run
 
 from .test_8vision import write_mnist
 
@@ -57,3 +58,13 @@ def test_batches_come_in_order(tmp_path):
     assert not torch.equal(other.train_images, d.train_images) and torch.equal(other.eval_images, d.eval_images)
     mixed = get_dataset(Namespace(dataset="mnist-360", base_path=str(tmp_path), batch_size=18, seed=1, joint=1))
     assert not torch.equal(next(iter(mixed.get_data_loaders()[0]))[1], mixed.train_labels)
+
+
+@pytest.mark.parametrize("fl", [False, True])
+def test_a_run(tmp_path, fl):
+    write_mnist(tmp_path)
+    argv = f"--model=er --dataset=mnist-360 --base_path={tmp_path} --device=cpu --lr=0.1 --buffer_size=9".split()
+    more = ["--fl", "--num_clients=2", "--num_comm_rounds=1", "--partition_mode=iid"] if fl else []
+    assert run([*argv, *more], tmp_path / "results") == 0
+    (summary,) = rows(only_folder(tmp_path / "results") / "summary.csv")
+    assert summary["status"] == "finished" and summary["n_tasks"] == "1" and 0 <= float(summary["faa"]) <= 100
