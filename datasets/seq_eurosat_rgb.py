@@ -40,7 +40,8 @@ def _read(root: Path, train: bool):
 
 class SequentialEuroSATRGB(FileDataset):
     """Images of 64 pixels; random resized crops of 224 out of them (under ``--fl`` out of 224, as in fed-mammoth) and
-    flips, with CLIP's statistics; enlarged for testing."""
+    flips, with CLIP's statistics; enlarged for testing. LoRM's published results are of images that are enlarged and
+    nothing else (``--transforms lorm_iclr``)."""
 
     NAME = "seq-eurosat-rgb"
     PART = Part("eurosat-rgb", _read, 10, EUROSAT.how, lists=LISTS)
@@ -53,3 +54,18 @@ class SequentialEuroSATRGB(FileDataset):
     FED = {"TRAIN_AUGMENT": [Resize(224, BICUBIC), *TRAIN_AUGMENT]}
     DEFAULTS = {"backbone": "vit", "n_epochs": 5, "batch_size": 128}
     FED_DEFAULTS = {**FEDERATED, "distribution_alpha": 0.5}
+
+    @staticmethod
+    def get_parser(parser):
+        parser.add_argument(
+            "--transforms",
+            choices=("default", "lorm_iclr"),
+            default="default",
+            help="lorm_iclr: images are enlarged, not augmented, not normalised (fed-mammoth)",
+        )
+        return parser
+
+    def configure(self) -> None:
+        super().configure()
+        if self._arg("transforms") == "lorm_iclr":
+            self.TRAIN_AUGMENT, self.MEAN, self.STD = self.TEST_AUGMENT, None, None

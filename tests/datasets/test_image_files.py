@@ -22,6 +22,7 @@ from datasets.utils import image_files, readers
 from datasets.utils.readers import unpacked
 from datasets.utils.stacked import Stacked, square, whole
 from datasets.utils.transforms import BICUBIC
+from utils.args import parse_args
 from utils.errors import UserError
 
 from .test_8vision import write_cars, write_dtd, write_folders, write_gtsrb, write_sun, write_svhn
@@ -415,6 +416,19 @@ def test_those_of_seq_8vision(tmp_path, monkeypatch):
     assert d.train_labels.tolist() == [(i % 10 + 1) % 10 for i in range(20)]  # 10 stands for zero
     x, y, plain = next(iter(d.get_data_loaders()[0]))
     assert x.shape[1:] == (3, 224, 224) and plain.shape[1:] == (3, 32, 32) and set(y.tolist()) == {0, 1}
+
+
+def test_eurosat_as_lorm_was_published(monkeypatch):
+    cls = get_dataset_class("seq-eurosat-rgb")
+    monkeypatch.setattr(cls, "_load", lambda self: None)
+    args = parse_args(
+        ["--model=lorm", "--dataset=seq-eurosat-rgb", "--fl", "--model_config=paper-beta0.5", "--device=cpu"]
+    )
+    assert (args.lr, args.num_comm_rounds, args.distribution_alpha, args.transforms) == (0.001, 5, 0.5, "lorm_iclr")
+    d, x = cls(args), torch.rand(3, 3, 64, 64)
+    want = TF.resize(x, [224, 224], BICUBIC)
+    assert torch.equal(d.get_transform()(x), want) and torch.equal(d.get_test_transform()(x), want)
+    assert d.get_backbone() == "vit" and cls(Namespace(fl=True)).MEAN[0] == 0.48145466
 
 
 def test_the_second_start_reads_nothing(tmp_path, monkeypatch):
