@@ -111,7 +111,7 @@ class Folder(FileDataset):
     @staticmethod
     def settle(args: Namespace) -> None:
         """The files become a setting: a run with other files is another run."""
-        if args.data_dir is None:
+        if getattr(args, "data_dir", None) is None:
             raise UserError(f"--dataset folder needs --data_dir, a folder that holds {WANTED}")
         _parts(args.data_dir)
         args.data_fingerprint = fingerprint(args.data_dir)

@@ -6,7 +6,8 @@ full circle in all, digit j starting at 60 (j - 1) degrees. One epoch, batches o
 proportion. The test images, in the order of their files, go once around the circle too.
 
 Here the stream is one task whose samples are not shuffled, so that methods see no border, and every image is shown once
-(Mammoth draws them with replacement). Under ``--fl`` each client has its part of the stream, in the stream's order.
+(Mammoth draws them with replacement). Under ``--fl`` each client goes through its part of the stream, in the stream's
+order, in every round.
 """
 
 from __future__ import annotations
@@ -65,6 +66,6 @@ class MNIST360(MNISTDataset):
             order, angles = np.flatnonzero(labels.numpy() < DIGITS), np.zeros(len(labels))
             for j in range(DIGITS):
                 mine = np.flatnonzero(labels.numpy() == j)
-                angles[mine] = 360 * np.arange(len(mine)) / max(len(mine), 1)
+                angles[mine] = 360 * np.arange(len(mine)) / len(mine)
         order = torch.from_numpy(order)
         return rotated(images[order], torch.from_numpy(angles)[order]), labels[order]

@@ -28,8 +28,12 @@ def _read(root: Path, train: bool):
         raise FileNotFoundError("no Data_Entry_2017.csv")
     with open(tables[-1], newline="", encoding="utf-8") as file:
         found = {row["Image Index"]: row["Finding Labels"] for row in csv.DictReader(file)}
+    found = {name: FINDINGS.index(said) for name, said in sorted(found.items()) if said in FINDINGS}
     where = {path.name: path for path in folder.rglob("*.png")}  # twelve folders, or one
-    files = [(where[name], FINDINGS.index(said)) for name, said in sorted(found.items()) if said in FINDINGS]
+    missing = found.keys() - where.keys()
+    if missing:
+        raise FileNotFoundError(f"{len(missing)} images are missing, such as {min(missing)}")
+    files = [(where[name], label) for name, label in found.items()]
     listed = told(root, LISTS, train)
     if listed:
         names = set(listed.read_text().split())

@@ -19,13 +19,8 @@ IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
-FEDERATED = {
-    "backbone": "vit",
-    "n_epochs": 5,
-    "num_comm_rounds": 5,
-    "batch_size": 16,
-    "num_clients": 10,
-}  # fed-mammoth's
+# fed-mammoth's defaults
+FEDERATED = {"backbone": "vit", "n_epochs": 5, "num_comm_rounds": 5, "batch_size": 16, "num_clients": 10}
 
 
 def wants_224(backbone: str | None) -> bool:

@@ -67,7 +67,7 @@ class Part:
         except Exception as e:
             reason = (" ".join(str(e).split()) or type(e).__name__)[:150]
             raise UserError(
-                f"{self.name} cannot be read or downloaded ({reason}): {self.how.format(root.absolute())}"
+                f"{self.name} cannot be read or downloaded ({reason}): {self.how.replace('{}', str(root.absolute()))}"
             ) from e
 
 

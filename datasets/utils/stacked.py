@@ -62,9 +62,12 @@ def mapped_images(
 
             with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # decoding runs side by side
                 done = threads.map(keep, range(len(samples)))
-                bar = tqdm(done, desc=f"reading {folder.name}, {part}", total=len(samples), mininterval=1)
-                for _ in bar:
-                    pass
+                try:
+                    for _ in tqdm(done, desc=f"reading {folder.name}, {part}", total=len(samples), mininterval=1):
+                        pass
+                except BaseException:  # a broken image, Ctrl-C: do not read all others first
+                    threads.shutdown(cancel_futures=True)
+                    raise
             images.flush()
         return {"labels": labels, "names": np.array(names)}
 

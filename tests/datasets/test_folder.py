@@ -134,6 +134,7 @@ def test_mistakes(animals, tmp_path):
     (tmp_path / "single" / "a" / "2.jpg").write_bytes(b"not an image")
     put(tmp_path / "single" / "b" / "2.jpg", 1)
     refused("cannot identify image file", tmp_path / "single", "--n_tasks=1")
+    refused("cannot identify.*{odd} must hold", (tmp_path / "single").rename(tmp_path / "{odd}"), "--n_tasks=1")
     with pytest.raises(UserError, match="--dataset folder needs --data_dir"):
         parse_args(["--model=sgd", "--dataset=folder"])
 

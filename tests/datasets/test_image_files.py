@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shutil
 import tarfile
 import zipfile
 from argparse import Namespace
@@ -385,6 +386,10 @@ def test_chestx(tmp_path, monkeypatch):
     d = make("seq-chestx", tmp_path, monkeypatch)
     assert contents(d.train_images, d.train_labels) == {grey(i): y for i, y in want.items() if i < 45}
     assert contents(d.eval_images, d.eval_labels) == {grey(i): y for i, y in want.items() if i >= 45}
+    shutil.rmtree(tmp_path / "arrays")
+    (home / "images_000" / "images" / "00000003_000.png").unlink()
+    with pytest.raises(UserError, match="chestx cannot be read.*1 images are missing, such as 00000003_000.png"):
+        make("seq-chestx", tmp_path, monkeypatch)
 
 
 def test_mit67(tmp_path, monkeypatch):
