@@ -166,7 +166,7 @@ def test_weights_of_another_network_are_one_line(tmp_path, capsys):
 def test_what_a_library_says_in_many_lines_is_one_line_here(capsys, monkeypatch):
     for error, code in ((UserError("this\n  failed: <b>\n\nthere"), 2), (RunError("this\n  failed: <b>\n\nthere"), 1)):
         with monkeypatch.context() as m:
-            m.setattr(main, "run", Mock(side_effect=error))
+            m.setattr(main, "execute", Mock(side_effect=error))
             assert main.main(ER.split()) == code
         assert capsys.readouterr().err.endswith(": this failed: <b> there\n")
 

@@ -331,18 +331,24 @@ def _method_parser(cls: type, parser: ArgumentParser) -> None:
     parser.set_defaults(**own._defaults)
 
 
-def _as_argv(settings: dict, parser: ArgumentParser, source: str) -> list[str]:
-    """Settings of a config file as command-line arguments, so that they pass the same checks."""
+def _as_argv(settings: dict, parser: ArgumentParser, source: str | None) -> list[str]:
+    """Settings as command-line arguments, so that they pass the same checks.
+
+    Args:
+        source: the config file they come from, for messages; None: the user, whose unknown flags are met later.
+    """
     argv = []
     for key, value in settings.items():
         action = parser._option_string_actions.get(f"--{key}")
-        if action is None:
+        if action is None and source is not None:
             flags = [o[2:] for o in parser._option_string_actions if o.startswith("--")]
-            raise UserError(f"{source}: unknown setting {key!r}: {nearest(key, flags)}")
+            raise UserError(f"{source}: unknown setting {key!r}: {nearest(str(key), flags)}")
         if isinstance(action, argparse._StoreTrueAction):
             argv += [f"--{key}"] if value else []
+        elif isinstance(value, list | tuple):
+            argv += [f"--{key}", *map(str, value)]
         elif value is not None:
-            argv += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
+            argv.append(f"--{key}={int(value) if isinstance(value, bool) else value}")
     return argv
 
 
@@ -418,8 +424,12 @@ def _peek(argv: list[str], flag: str, *aliases: str) -> str | None:
     return value
 
 
-def parse_args(argv: list[str] | None = None) -> Namespace:
+def parse_args(argv: list[str] | dict | None = None) -> Namespace:
     """Parse the command line into the resolved settings of a run.
+
+    Args:
+        argv: arguments (default: the process's), or settings by flag name: lists for flags that take several values,
+            booleans for switches, None for what is not given.
 
     Returns:
         Namespace with every flag of the run, plus ``given`` (names of flags the user typed) and ``command``.
@@ -427,6 +437,10 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     Raises:
         UserError: anything wrong with the flags, in one line.
     """
+    settings = argv if isinstance(argv, dict) else None
+    if settings is not None:  # for now; in full as soon as the parser knows what is a switch
+        given = {k: v for k, v in settings.items() if v is not None and v is not False}
+        argv = [f"--{k}" if v is True else f"--{k}={v}" for k, v in given.items()]
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = HerdParser(
         prog="main.py",
@@ -466,10 +480,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         defaults = data_cls.defaults(fl)
         chosen = dataset_config(dataset, _peek(argv, "--dataset_config"))
         config = model_config(model, dataset, _peek(argv, "--model_config", "--preset") or "default", fl)
-        for settings in (defaults, chosen, config):
-            backbone = (
-                settings.get("backbone", backbone) if _peek(argv, "--backbone", "--network") is None else backbone
-            )
+        if backbone is None:
+            backbone = {**defaults, **chosen, **config}.get("backbone")
     if backbone is not None:
         import backbones
 
@@ -477,6 +489,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         backbones.add_backbone_args(backbone, parser)
     if helping and dataset is None:
         parser.parse_args(["--help"])
+    if settings is not None:
+        argv = _as_argv(settings, parser, None)
 
     front = (
         _as_argv({k: v for k, v in defaults.items() if k in _dests(parser)}, parser, f"defaults of {dataset}")

@@ -12,12 +12,13 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from functools import cache
 from pathlib import Path
 
-from utils.errors import RunError, UserError
+from utils.errors import Busy, RunError, UserError
 from utils.files import replacing
 from utils.registry import ROOT
 
@@ -303,3 +304,49 @@ def is_finished(path: Path, args: Namespace) -> bool:
         return row["status"] in ("finished", "stopped") and int(row["tasks_done"]) >= wanted
     except (OSError, StopIteration, KeyError, ValueError):
         return False
+
+
+def find_checkpoint(args: Namespace) -> tuple[Path | None, Path | None, bool]:
+    """What ``--loadcheck`` points to: (run folder or None, checkpoint file or None, whether that run is finished)."""
+    if args.loadcheck is None:
+        return None, None, False
+    if args.loadcheck != "auto":
+        path = Path(args.loadcheck)
+        if not path.exists():
+            raise UserError(f"--loadcheck: there is nothing at {path}; give a run folder, its checkpoint file, or auto")
+        file = path / "checkpoint" / "last.safetensors" if path.is_dir() else path
+        return (file.parent.parent if file.parent.name == "checkpoint" else None), file, False
+    for path in Run.candidates(args):
+        if is_finished(path, args):
+            return path, None, True
+        if (path / "checkpoint" / "last.safetensors").exists():
+            return path, path / "checkpoint" / "last.safetensors", False
+    return None, None, False
+
+
+@contextmanager
+def claimed(args: Namespace) -> Iterator[None]:
+    """Under ``--loadcheck auto`` no two processes carry out the same run, from before it has a folder to its end.
+
+    The lock is on a file of the results folder, named by the settings and the seed; it goes with its process.
+
+    Raises:
+        Busy: another process is at it.
+    """
+    if args.loadcheck != "auto":
+        yield
+        return
+    file = Path(args.results_path) / ".locks" / f"s{args.seed}-{settings_hash(args)}"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(file, "w")  # noqa: SIM115
+    except OSError as e:
+        raise UserError(f"cannot write to {file.parent}: {e.strerror or e}; give another --results_path") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Busy(
+                f"another process is at this run (it holds {file}): wait for it, or leave out --loadcheck auto"
+            ) from None
+        yield
