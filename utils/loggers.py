@@ -13,7 +13,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import cache
 from pathlib import Path
@@ -79,15 +79,14 @@ def versions() -> dict[str, str]:
     """Git commit of the code and versions of what it runs on."""
     import torch
 
-    try:
-        git = ["git", "-C", str(ROOT)]
-        commit = subprocess.run(
-            [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        if subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip():
-            commit += "+changes"
-    except (OSError, subprocess.CalledProcessError):
-        commit = ""
+    git, commit = ["git", "-C", str(ROOT)], ""
+    if (ROOT / ".git").exists():  # else it is a copy, or installed: a repository around it is another one
+        with suppress(OSError, subprocess.CalledProcessError):
+            commit = subprocess.run(
+                [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
+            ).stdout.strip()
+            if subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip():
+                commit += "+changes"
     return {
         "git_commit": commit,
         "version_python": platform.python_version(),
