@@ -94,11 +94,10 @@ def train(args, folder: Path | None, file: Path | None) -> tuple[Path, bool]:
     record.write_args()
     if partition is not None:
         partition.save(record.path / "partition.npz")
-    if not args.nowand:
-        record.start_wandb()
     session = Session(args, dataset, model, record, fresh_net)
     status = "interrupted"
     try:
+        record.start_loggers(len(checkpoint[0]["rounds"]) if checkpoint else 0)
         with session.catch_interrupts():
             if worker is not None:
                 simulate(session, worker, partition, checkpoint)

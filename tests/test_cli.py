@@ -96,6 +96,8 @@ MISTAKES = [
     (f"{ER} --device gpu", "--device 'gpu' is not available"),
     (f"{ER} --loadcheck nowhere", "--loadcheck: there is nothing at nowhere; give a run folder"),
     (f"{ER} --nowand 0", "--nowand 0 needs the package wandb: pip install wandb"),
+    (f"{ER} --tensorboard", "--tensorboard 1 needs the package tensorboard: pip install tensorboard"),
+    (f"{ER} --wandb_mode of", "--wandb_mode: invalid choice: 'of'"),
     ("--model er --dataset seq-cifar10 --backbone resnet18 --base_path {tmp}", "{tmp}"),
 ]
 

@@ -290,6 +290,11 @@ def add_general_args(parser: ArgumentParser) -> None:
     g.add_argument("--debug_mode", type=flag01, default=0, nargs="?", const=1, help="a few batches per epoch only")
     g.add_argument("--nowand", type=flag01, default=1, nargs="?", const=1, help="0: log to Weights & Biases as well")
     g.add_argument("--wandb_project", default="herd")
+    g.add_argument("--wandb_entity", default=None, help="team or user; default: wandb's own")
+    g.add_argument("--wandb_mode", choices=("online", "offline"), default=None, help="default: wandb's own, online")
+    g.add_argument(
+        "--tensorboard", type=flag01, default=0, nargs="?", const=1, help="1: event files in the run's folder as well"
+    )
     g.add_argument("--notes", default=None, help="free text, kept in args.yaml")
 
 
@@ -570,5 +575,7 @@ def _check(args: Namespace, cls: type, data_cls: type) -> None:
         )
     if not args.nowand and find_spec("wandb") is None:
         raise UserError("--nowand 0 needs the package wandb: pip install wandb, or leave --nowand at 1")
+    if args.tensorboard and find_spec("tensorboard") is None:
+        raise UserError("--tensorboard 1 needs the package tensorboard: pip install tensorboard, or leave it at 0")
     if args.optim_nesterov and (args.optimizer != "sgd" or args.optim_mom == 0):
         raise UserError("--optim_nesterov needs --optimizer sgd and --optim_mom above 0")
