@@ -2,7 +2,9 @@
 
 Nothing here imports PyTorch, so ``--help`` answers at once. Settings come from four places; the later wins:
 flag defaults < data set (its class, then ``--dataset_config``) < model config (``models/config/<model>.yaml``:
-section ``default``, then the one ``--model_config`` names) < command line. Configs are turned into arguments and put
+section ``default``, then the one ``--model_config`` names) < command line. Mammoth's own config files are read too:
+``--model_config best`` takes the section of the data set, and in it that of the buffer size; files of data sets may
+change their tasks and transforms (``datasets/utils/configured.py``). Configs are turned into arguments and put
 in front of the user's, so every value, wherever it comes from, passes the same checks.
 """
 
@@ -117,6 +119,7 @@ def add_general_args(parser: ArgumentParser) -> None:
     g.add_argument(
         "--lr_scheduler",
         choices=("none", "multisteplr", "cosine"),
+        type=str.lower,
         default="none",
         help="per epoch, restarted for each task (central) or round (--fl)",
     )
@@ -369,39 +372,75 @@ def _read_yaml(file: Path) -> dict:
     return data
 
 
-def _pick(section: dict, dataset: str, fl: bool) -> dict:
-    """Flatten a config section: plain keys, then those under ``fl`` or ``central``, then those of the data set."""
+def _pick(section: dict, dataset: str, fl: bool, buffer_size: str = "") -> dict:
+    """Flatten a config section: plain keys, then those under ``fl`` or ``central``, then those of the data set, then
+    those of the buffer size.
+
+    Raises:
+        UserError: there are settings by buffer size, but none for this one.
+    """
+    section = _flat_backbone(section)
     chosen = {k: v for k, v in section.items() if not isinstance(v, dict)}
-    for key, value in section.items():
-        if isinstance(value, dict) and key == ("fl" if fl else "central"):
-            chosen.update(_pick(value, dataset, fl))
-    for key, value in section.items():
-        if isinstance(value, dict) and normal(key) == normal(dataset):
-            chosen.update(_pick(value, dataset, fl))
+    nested = {str(k): v for k, v in section.items() if isinstance(v, dict)}
+    sizes = {k: v for k, v in nested.items() if k.isdigit()}
+    for key, value in nested.items():
+        if key == ("fl" if fl else "central"):
+            chosen.update(_pick(value, dataset, fl, buffer_size))
+    for key, value in nested.items():
+        if normal(key) == normal(dataset):
+            chosen.update(_pick(value, dataset, fl, buffer_size))
+    if sizes and buffer_size not in sizes:
+        raise UserError(
+            f"--buffer_size {buffer_size or 'is not a flag of this method'}: the config file has settings for "
+            f"{', '.join(sizes)}: choose one of them, or leave out --model_config"
+        )
+    if sizes:
+        chosen.update(_pick(sizes[buffer_size], dataset, fl, buffer_size))
     return chosen
 
 
-def model_config(model: str, dataset: str, name: str, fl: bool) -> dict:
+def _flat_backbone(settings: dict) -> dict:
+    """Mammoth's ``backbone: {type: vit, args: {...}}`` as flags, without the number of classes, which is the data
+    set's to say."""
+    backbone = settings.get("backbone")
+    if not isinstance(backbone, dict):
+        return settings
+    own = {k: v for k, v in (backbone.get("args") or {}).items() if k not in ("nclasses", "num_classes")}
+    return {**settings, "backbone": backbone.get("type"), **own}
+
+
+def _config_file(folder: Path, name: str) -> Path:
+    """The file of that name, or one whose name differs in ``-`` and ``_`` alone."""
+    return next((f for f in sorted(folder.glob("*.yaml")) if normal(f.stem) == normal(name)), folder / f"{name}.yaml")
+
+
+def model_config(model: str, dataset: str, name: str, fl: bool, buffer_size: str = "") -> dict:
     """Settings of ``models/config/<model>.yaml``: section ``default`` overlaid by the section ``name``.
+
+    In Mammoth's files the best settings are in sections named after data sets, which ``best`` takes as well.
 
     Raises:
         UserError: no such section (the message lists those there are).
     """
-    file = ROOT / "models" / "config" / f"{model.replace('-', '_')}.yaml"
+    file = _config_file(ROOT / "models" / "config", model)
     data = _read_yaml(file) if file.exists() else {}
-    settings = _pick(data.get("default") or {}, dataset, fl)
+    settings = _pick(data.get("default") or {}, dataset, fl, buffer_size)
     if name != "default":
-        if name not in data:
-            have = ", ".join(["default", *[k for k in data if k != "default"]])
-            raise UserError(f"--model_config {name!r}: {file.name} has no such section: choose from {have}")
-        section = data[name] or {}
+        best = {k: v for k, v in data.items() if name == "best" and normal(str(k)) == normal(dataset)}
+        if name not in data and not best:
+            have = ", ".join(["default", *[str(k) for k in data if k != "default"]])
+            nor = f", nor settings for {dataset}" if name == "best" else ""
+            raise UserError(f"--model_config {name!r}: {file.name} has no such section{nor}: choose from {have}")
+        section = {**(data.get(name) or {}), **best}
         covered = [k for k, v in section.items() if isinstance(v, dict) and k not in ("fl", "central")]
         if name.startswith("paper") and covered and normal(dataset) not in map(normal, covered):
             raise UserError(
                 f"--model_config {name}: {file.name} has no published settings for {dataset!r} in that section, "
                 f"only for {', '.join(covered)}"
             )
-        settings.update(_pick(section, dataset, fl))
+        settings.update(_pick(section, dataset, fl, buffer_size))
+    if normal(str(settings.pop("model", model))) != normal(model):  # Mammoth's files say it
+        raise UserError(f"{file} is of another model than {model!r}")
     return settings
 
 
@@ -410,11 +449,23 @@ def dataset_config(dataset: str, name: str | None) -> dict:
     if name is None:
         return {}
     folder = ROOT / "datasets" / "configs" / normal(dataset)
-    file = folder / f"{name}.yaml"
+    file = _config_file(folder, name)
     if not file.exists():
         have = ", ".join(f.stem for f in sorted(folder.glob("*.yaml"))) or "none"
         raise UserError(f"--dataset_config {name!r}: there is no {file.relative_to(ROOT)}: those there are: {have}")
-    return _read_yaml(file)
+    return _flat_backbone(_read_yaml(file))
+
+
+def _attributes(data_cls: type, settings: dict) -> tuple[dict, dict]:
+    """(attributes of the data set, flags) of a ``--dataset_config`` file, checked as far as its class allows."""
+    if not settings:
+        return {}, {}
+    from datasets.utils import configured
+
+    attributes, flags = configured.split(settings)
+    configured.division(data_cls, attributes)
+    configured.appearance(data_cls, attributes)
+    return attributes, flags
 
 
 def _peek(argv: list[str], flag: str, *aliases: str) -> str | None:
@@ -483,8 +534,11 @@ def parse_args(argv: list[str] | dict | None = None) -> Namespace:
         data_cls.get_parser(parser.add_argument_group(f"dataset {dataset}"))
         fl = "--fl" in argv or _implied_fl(cls, argv)
         defaults = data_cls.defaults(fl)
-        chosen = dataset_config(dataset, _peek(argv, "--dataset_config"))
-        config = model_config(model, dataset, _peek(argv, "--model_config", "--preset") or "default", fl)
+        rehearses = "--buffer_size" in parser._option_string_actions
+        size = _peek(argv, "--buffer_size") or (str(parser.get_default("buffer_size")) if rehearses else "")
+        config = model_config(model, dataset, _peek(argv, "--model_config", "--preset") or "default", fl, size)
+        chosen = dataset_config(dataset, _peek(argv, "--dataset_config") or config.get("dataset_config"))
+        attributes, chosen = _attributes(data_cls, chosen)
         if backbone is None:
             backbone = {**defaults, **chosen, **config}.get("backbone")
     if backbone is not None:
@@ -516,6 +570,8 @@ def parse_args(argv: list[str] | dict | None = None) -> Namespace:
             else f"cannot place the argument {first!r}: every value needs its flag"
         )
     args.model, args.dataset, args.backbone = model, dataset, backbone
+    if attributes:  # the numbers depend on them, so they are settings
+        args.dataset_attributes = attributes
     args.unlearning_flags = _unlearning_flags(cls, unlearner)
     args.given = sorted(
         {parser._option_string_actions[o].dest for a in argv if (o := a.split("=")[0]) in parser._option_string_actions}
