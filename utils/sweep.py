@@ -77,7 +77,9 @@ class Grid:
         self.file, self.base, self.runs, self.axes, self.exclude = file, [], [], [], []
         try:
             self._yaml = yaml.SafeLoader(file.read_text())
-            for key, node in self._pairs(self._yaml.get_single_node(), "the file"):
+            root = self._yaml.get_single_node()
+            self._refuse_doubles(root)
+            for key, node in self._pairs(root, "the file"):
                 self._read(key, node)
         except OSError as e:
             raise UserError(f"{file}: {e.strerror or e}; give a grid file (python -m utils.sweep --help)") from None
@@ -103,15 +105,25 @@ class Grid:
     def _value(self, node) -> object:
         return self._yaml.construct_object(node, deep=True)
 
+    def _refuse_doubles(self, node) -> None:
+        """YAML readers take the last of two equal keys; here that is a mistake. Before merge keys are resolved."""
+        below = getattr(node, "value", None)
+        if not isinstance(below, list):
+            return
+        keys: set[str] = set()
+        for child in below:
+            if isinstance(child, tuple):
+                key, child = child
+                if str(key.value) in keys:
+                    raise self.error(key, f"{key.value} stands there twice")
+                keys.add(str(key.value))
+            self._refuse_doubles(child)
+
     def _pairs(self, node, what: str) -> list[tuple]:
         """(key, node of the value) of a mapping."""
         if getattr(node, "id", None) != "mapping":
             where = "" if node is None else f" line {node.start_mark.line + 1}"
             raise UserError(f"{self.file}{where}: {what} must be a mapping (flag: value)")
-        own = [k.value for k, _ in node.value]
-        for i, (k, _) in enumerate(node.value):
-            if k.value in own[:i]:
-                raise self.error(k, f"{k.value} stands there twice")
         self._yaml.flatten_mapping(node)  # <<: merge keys, which come first
         return list({str(self._value(k)): (str(self._value(k)), v) for k, v in node.value}.values())
 
@@ -189,6 +201,7 @@ class Job:
     seconds: float | None = None
     folder: Path | None = None
     faa: float | None = None
+    code: int | None = None  # exit code
     after: float = 0.0  # when to look at it again
     began: float = 0.0
     process: subprocess.Popen | None = None
@@ -328,7 +341,7 @@ class Sweep:
         if code == BUSY and not self.signals:
             self.postpone(job)
             return
-        job.seconds = round(time.monotonic() - job.began, 1)
+        job.seconds, job.code = round(time.monotonic() - job.began, 1), code
         if code == 0:
             job.is_finished()
             self.settle(job, "finished")
@@ -359,7 +372,7 @@ class Sweep:
         """What came of it, with the end of the log of each run that failed. Returns the exit code."""
         self.write()
         for job in (j for j in self.jobs if j.status == "failed"):
-            print(f"\nfailed: {job.args.command}\n  {job.log} ends:")
+            print(f"\nfailed (exit code {job.code}): {job.args.command}\n  {job.log} ends:")
             for line in job.log.read_text(errors="replace").splitlines()[-TAIL:]:
                 print(f"  | {line}")
         counts = Counter(j.status for j in self.jobs)
@@ -375,7 +388,8 @@ def write_slurm(file: Path, jobs: list[Job], folder: Path, at_a_time: int | None
         f"#SBATCH --array=0-{len(jobs) - 1}%{at_a_time or len(jobs)}",
         f"#SBATCH --output={folder.resolve()}/%a.log",
         "#SBATCH --open-mode=append",
-        "#SBATCH --signal=B:INT@120   # before time is up the run saves and stops; submitted again, it goes on",
+        "# before time is up the run saves and stops; submitted again, it goes on",
+        "#SBATCH --signal=B:INT@120",
         "# add what your cluster wants: #SBATCH --partition=... --time=... --gres=gpu:1 --cpus-per-task=...",
         f"# made by: python -m utils.sweep {shlex.quote(str(grid))} --slurm {shlex.quote(str(file))}",
         "set -euo pipefail",

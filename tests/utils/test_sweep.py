@@ -112,9 +112,11 @@ def test_merge_keys_and_anchors(grid):
         base: {model: sgd}
         runs:
           - &a {lr: 1, seed: 3}
-          - {<<: *a, lr: 2}
+          - &b {<<: *a, lr: 2}
+          - *b
     """)
-    assert settings(file) == [{"model": "sgd", "lr": 1, "seed": 3}, {"model": "sgd", "lr": 2, "seed": 3}]
+    two = {"model": "sgd", "lr": 2, "seed": 3}
+    assert settings(file) == [{"model": "sgd", "lr": 1, "seed": 3}, two, two]
 
 
 GOOD = "base: {dataset: seq-digits, model: er, backbone: mnistmlp}\n"
@@ -287,7 +289,7 @@ def test_a_failing_run_does_not_stop_the_others(seeds, stub, capsys):
     assert sweep.main([str(file), "--results_path", str(results), "--jobs", "1", "--devices", "cpu"]) == 1
     assert [r["status"] for r in table(results)] == ["finished", "failed", "finished"]
     out = capsys.readouterr().out
-    assert re.search(r"failed: python main.py .*--seed=1 .*\n.*1-sgd-s1.log ends:\n", out)
+    assert re.search(r"failed \(exit code 1\): python main.py .*--seed=1 .*\n.*1-sgd-s1.log ends:\n", out)
     assert "  | line two of 1\n  | no luck\n  | at all\n1 failed, 2 finished: " in out
 
 
@@ -368,8 +370,8 @@ def children(pid: int) -> list[int]:
 
 
 @pytest.mark.slow
-def test_a_sweep_killed_midway_and_started_again(grid, tmp_path):
-    """SIGKILL for everything while a run is under way; then the rest is run, and nothing twice."""
+def test_a_sweep_killed_midway_and_started_again_twice(grid, tmp_path):
+    """SIGKILL for everything while a run is under way; then two sweeps side by side do the rest, and nothing twice."""
     file = grid(
         "base: {model: sgd, dataset: seq-digits, backbone: mnistmlp, n_epochs: 1}\n"
         "runs:\n  - {seed: 0, n_epochs: 10, batch_size: 16}\n  - {seed: 1}\n"
@@ -388,16 +390,21 @@ def test_a_sweep_killed_midway_and_started_again(grid, tmp_path):
     (broken,) = folders(results)
     assert finished(results) == [] and len(runs) == 1
 
-    again = subprocess.run([*argv, "--devices", "cpu"], cwd=ROOT, capture_output=True, text=True)
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert {r["status"] for r in table(results)} == {"finished"}
+    pipes = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    both = [subprocess.Popen([*argv, "--devices", "cpu"], **pipes) for _ in range(2)]
+    for again in both:
+        said = again.communicate()[0]
+        assert again.returncode == 0, said
+    tables = [rows(file) for file in sorted(results.glob("sweeps/*/sweep.csv"))[1:]]
+    assert [sorted(pair) for pair in zip(*([r["status"] for r in t] for t in tables))] == [["finished", "skipped"]] * 3
     assert len(folders(results)) == len(finished(results)) == 3 and broken in folders(results)
     for folder in folders(results):
         log = (folder / "log.txt").read_text()
         sittings = 2 if folder == broken else 1
         assert log.count(" sgd on seq-digits, ") == sittings
         assert [log.count(f"task {t}/5 done") for t in range(1, 6)] == [1] * 5  # no task was trained twice
-    assert {Path(r["folder"]).resolve() for r in table(results)} == {f.resolve() for f in folders(results)}
+    for t in tables:
+        assert {Path(r["folder"]).resolve() for r in t} == {f.resolve() for f in folders(results)}
 
 
 def test_a_slurm_script_runs(grid, tmp_path, capsys):
