@@ -48,6 +48,7 @@ def test_switches_lists_and_what_is_not_given():
     args = parse_args({**FL, "fl": False, "num_clients": None, "num_comm_rounds": None, "partition_mode": None})
     assert (args.fl, args.debug_mode, args.lr_milestones) == (False, 1, [35, 45])
     assert settings_hash(args) == settings_hash(parse_args(SGD))
+    assert parse_args({**FL, "fl": 1}).batch_size == parse_args(FL).batch_size == 16  # the federated default
     argv = ["--model=sgd", "--dataset=seq-digits", "--backbone=mnistmlp", "--debug_mode=1", "--n_epochs=1", "--fl"]
     argv += ["--num_clients=3", "--num_comm_rounds=2", "--partition_mode=iid"]
     assert parse_args(FL).command == parse_args(argv).command  # what is written to the log can be typed

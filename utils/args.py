@@ -495,8 +495,8 @@ def parse_args(argv: list[str] | dict | None = None) -> Namespace:
     """
     settings = argv if isinstance(argv, dict) else None
     if settings is not None:  # for now; in full as soon as the parser knows what is a switch
-        given = {k: v for k, v in settings.items() if v is not None and v is not False}
-        argv = [f"--{k}" if v is True else f"--{k}={v}" for k, v in given.items()]
+        argv = ["--fl"] if settings.get("fl") else []
+        argv += [f"--{k}={v}" for k, v in settings.items() if k != "fl" and v is not None]
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = HerdParser(
         prog="main.py",

@@ -363,12 +363,14 @@ class Run:
         return self.clock["total"] + time.perf_counter() - self._started
 
     def close(self) -> None:
-        for logger in self.loggers:
-            if self._summary is not None:
-                logger.summary(self._summary, len(self.rounds))
-            logger.close()
-        self._log.close()
-        self._lock.close()
+        try:
+            for logger in self.loggers:
+                if self._summary is not None:
+                    logger.summary(self._summary, len(self.rounds))
+                logger.close()
+        finally:
+            self._log.close()
+            self._lock.close()
 
 
 def is_finished(path: Path, args: Namespace) -> bool:

@@ -158,10 +158,12 @@ class ContinualDataset:
         for train, name in ((True, "TRANSFORM"), (False, "TEST_TRANSFORM")):
             image = to_float(self.task_images(self.train_images[:1], 0))
             try:
-                size = tuple(self._transforms[train](image, torch.Generator()).shape[-2:])
+                channels, *size = self._transforms[train](image, torch.Generator()).shape[-3:]
             except (ValueError, RuntimeError) as e:
                 raise UserError(f"--dataset_config: {name} does not take images of {self.NAME}: {e}") from None
-            if size != tuple(self.SIZE):
+            if channels != self.CHANNELS:
+                raise UserError(f"--dataset_config: {name}: means and deviations are not for {self.CHANNELS} channels")
+            if size != list(self.SIZE):
                 raise UserError(
                     f"--dataset_config: {name} makes images of {size[0]} x {size[1]}, SIZE is {list(self.SIZE)}: make "
                     "them the same"

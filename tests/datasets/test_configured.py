@@ -121,6 +121,8 @@ def test_the_files_of_domain_incremental_data_sets():
         ("TRANSFORM: [RandomCrop: {size: 28, pad: 3}]", "RandomCrop: .*unexpected keyword argument 'pad'"),
         ("TRANSFORM: [Resize: {size: 28, interpolation: 77}]", "Resize: '77' is not a valid InterpolationMode"),
         ("TRANSFORM: [RandomCrop: {size: 40}]", "TRANSFORM does not take images of seq-digits: RandomCrop: 40x40"),
+        ("TRANSFORM: [Normalize: {mean: [0, 0, 0], std: [1, 1, 1]}]", "TRANSFORM: means .* are not for 1 channels"),
+        ("TRANSFORM: [Normalize: {mean: 0, std: 1}]", "TRANSFORM: Normalize: 'int' object is not iterable"),
         ("TEST_TRANSFORM: [Resize: 14]", "TEST_TRANSFORM makes images of 14 x 14, SIZE is \\[28, 28\\]"),
     ],
 )
