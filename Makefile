@@ -30,8 +30,10 @@ $(VENV)/.run: requirements.txt $(VENV)/.venv
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-$(VENV)/.test: requirements-dev.txt requirements-ray.txt requirements-spiking.txt $(VENV)/.run
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+TESTED := requirements.txt requirements-dev.txt requirements-ray.txt requirements-spiking.txt requirements-tensorboard.txt
+
+$(VENV)/.test: $(TESTED) $(VENV)/.run
+	$(PY) -m pip install --quiet --disable-pip-version-check $(addprefix -r ,$(TESTED))
 	touch $@
 
 clean:

@@ -1,14 +1,19 @@
-"""Herd's one command: parse, build, run. ``python main.py --model dolfin --dataset seq-digits --fl``"""
+"""Herd's one command: parse, build, run. ``python main.py --model dolfin --dataset seq-digits --fl``
+
+The same from Python: ``from main import run; run(model="dolfin", dataset="seq-digits", fl=True)["faa"]``.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
+from contextlib import nullcontext, redirect_stdout
+from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads that spin cost a shared machine dearly
 
 from utils.args import parse_args
-from utils.errors import ClientError, RunError, UserError
+from utils.errors import Busy, ClientError, Interrupted, RunError, UserError
 
 
 def build_network(args, dataset):
@@ -65,42 +70,16 @@ def build(args):
     return dataset, model, worker, fresh_net
 
 
-def find_checkpoint(args):
-    """What ``--loadcheck`` points to: (run folder or None, checkpoint file or None, whether that run is finished)."""
-    from pathlib import Path
-
-    from utils.loggers import Run, is_finished
-
-    if args.loadcheck is None:
-        return None, None, False
-    if args.loadcheck != "auto":
-        path = Path(args.loadcheck)
-        if not path.exists():
-            raise UserError(f"--loadcheck: there is nothing at {path}; give a run folder, its checkpoint file, or auto")
-        file = path / "checkpoint" / "last.safetensors" if path.is_dir() else path
-        return (file.parent.parent if file.parent.name == "checkpoint" else None), file, False
-    for path in Run.candidates(args):
-        if is_finished(path, args):
-            return path, None, True
-        if (path / "checkpoint" / "last.safetensors").exists():
-            return path, path / "checkpoint" / "last.safetensors", False
-    return None, None, False
-
-
-def run(args) -> int:
-    """Carry out one run. Returns the exit code."""
+def train(args, folder: Path | None, file: Path | None) -> tuple[Path, bool]:
+    """Train and test, from the start or from a checkpoint file. Returns the run's folder, and whether it came to its
+    end."""
     from datasets.utils.partition import Partition
     from federated.simulator import simulate
     from utils import checkpoints
     from utils.compare import print_run_table
     from utils.loggers import Run
-    from utils.training import Interrupted, Session, check_identity, train_central
+    from utils.training import Session, check_identity, train_central
 
-    folder, file, finished = find_checkpoint(args)
-    if finished:
-        print(f"already finished: {folder}")
-        print_run_table(folder)
-        return forget(args, Run(folder, args)) if args.unlearn_client else 0
     checkpoint = checkpoints.read(file) if file else None
     if checkpoint is not None:
         check_identity(checkpoint[0], args)  # before anything is written to a folder that may be another run's
@@ -115,11 +94,10 @@ def run(args) -> int:
     record.write_args()
     if partition is not None:
         partition.save(record.path / "partition.npz")
-    if not args.nowand:
-        record.start_wandb()
     session = Session(args, dataset, model, record, fresh_net)
     status = "interrupted"
     try:
+        record.start_loggers(len(checkpoint[0]["rounds"]) if checkpoint else 0)
         with session.catch_interrupts():
             if worker is not None:
                 simulate(session, worker, partition, checkpoint)
@@ -130,44 +108,92 @@ def run(args) -> int:
         status = "finished" if session.cursor["task"] >= dataset.n_train_tasks else "stopped"
     except Interrupted:
         record.say(f"stopped by Ctrl-C; go on with: {args.command} --loadcheck {record.path}")
+        raise
     finally:
         if session.under_way:
             session.write_files(status)
         record.close()
-    if status != "interrupted":
-        print_run_table(record.path)
-        print(f"files: {record.path}")
-    if status == "finished" and args.unlearn_client:
-        return forget(args, Run(record.path, args))
-    return 130 if status == "interrupted" else 0
+    print_run_table(record.path)
+    print(f"files: {record.path}")
+    return record.path, status == "finished"
 
 
-def forget(args, record) -> int:
-    """What clients ask for once a run is there (``--unlearn_client``). Returns the exit code."""
+def forget(args, folder: Path) -> None:
+    """What clients ask for once a run is there (``--unlearn_client``)."""
     from federated.unlearning import forget_clients
-    from utils.training import Interrupted
+    from utils.loggers import Run
 
+    record = Run(folder, args)
     try:
         forget_clients(args, record)
     except Interrupted:
         record.say(f"stopped by Ctrl-C; go on with: {args.command} --loadcheck {record.path}")
-        return 130
+        raise
     finally:
         record.close()
-    return 0
+
+
+def execute(args) -> Path:
+    """Carry out what the settings ask for; a run that is finished is not trained again. Returns the run's folder.
+
+    Raises:
+        UserError, RunError: it cannot be done, or goes wrong. Interrupted: Ctrl-C, after saving.
+    """
+    from utils.compare import print_run_table
+    from utils.loggers import claimed, find_checkpoint
+
+    with claimed(args):
+        folder, file, finished = find_checkpoint(args)
+        if finished:
+            print(f"already finished: {folder}")
+            print_run_table(folder)
+        else:
+            folder, finished = train(args, folder, file)
+        if finished and args.unlearn_client:
+            forget(args, folder)
+    return folder
+
+
+def run(quiet: bool = False, **settings) -> dict:
+    """One run from Python: ``run(model="dolfin", dataset="seq-digits", fl=True, seed=0)``.
+
+    Args:
+        quiet: print nothing; log.txt in the run's folder tells.
+        settings: the flags by name; lists for those that take several values, booleans for switches.
+
+    Returns:
+        The row of summary.csv, numbers as numbers (None where there is none); ``path``, the run's folder; and
+        ``accuracy``, the matrices {"class-il": (T, T), "task-il": (T, T)} in %, nan where a task was not tested.
+
+    Raises:
+        UserError (a ValueError): what the command line would say, in one line. RunError: the run went wrong.
+        KeyboardInterrupt: Ctrl-C; with ``loadcheck="auto"`` the same call goes on from where it stopped.
+    """
+    from utils.compare import read_run
+
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere) if quiet else nullcontext():
+        try:
+            return read_run(execute(parse_args(settings)))
+        except Interrupted:
+            raise KeyboardInterrupt from None
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command. Returns the exit code: 0; 1 the run went wrong; 2 a mistake of the user's; 75 another process is at
+    this run; 130 Ctrl-C."""
     try:
-        return run(parse_args(argv))
+        execute(parse_args(argv))
+        return 0
     except UserError as e:
-        print("error:", *str(e).split(), file=sys.stderr)  # one line, whatever a library has put in it
-        return 2
+        print("error:", e, file=sys.stderr)
+        return 75 if isinstance(e, Busy) else 2
     except RunError as e:
         if isinstance(e, ClientError):  # a fault of the method's code, not of the user
             print(e.trace, file=sys.stderr)
-        print("run failed:", *str(e).split(), file=sys.stderr)
+        print("run failed:", e, file=sys.stderr)
         return 1
+    except Interrupted:
+        return 130
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -37,7 +37,7 @@ from utils.errors import UserError
 from utils.evaluate import EVAL_BATCH, evaluating
 from utils.loggers import Run, write_csv
 from utils.registry import scan
-from utils.training import Interrupted, Session
+from utils.training import Session
 from utils.unlearning_metrics import accuracy, auc, distance, figures, lira, log_odds, report, same_mix, tpr_at
 
 # ---------------------------------------------------------------- what is asked for
@@ -358,8 +358,7 @@ def retrained(args) -> tuple[Path, dict]:
     """A run of :func:`with_settings`, made if it is not there: (its checkpoint, its summary)."""
     import main
 
-    if main.run(args):
-        raise Interrupted
+    main.execute(args)
     for folder in Run.candidates(args):
         checkpoint = folder / "checkpoint" / "last.safetensors"
         if checkpoint.exists():

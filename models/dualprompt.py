@@ -53,6 +53,7 @@ class DualPrompt(PromptMethod):
         add("--pool_size", type=number(int, 1), default=None, help="E-Prompts; default: 10, or a task each if more")
         add(
             "--pull_coeff",
+            "--pull_constraint_coeff",
             type=number(float, 0),
             default=1.0,
             help="weight of the term that pulls the task's key to queries; at 0 keys are not trained",

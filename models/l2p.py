@@ -46,6 +46,7 @@ class L2P(PromptMethod):
         add("--top_k", type=number(int, 1), default=5, help="prompts for each image")
         add(
             "--pull_coeff",
+            "--pull_constraint_coeff",
             type=number(float, 0),
             default=0.1,
             help="weight of the term that pulls chosen keys to the query; at 0 keys are not trained",

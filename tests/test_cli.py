@@ -96,6 +96,8 @@ MISTAKES = [
     (f"{ER} --device gpu", "--device 'gpu' is not available"),
     (f"{ER} --loadcheck nowhere", "--loadcheck: there is nothing at nowhere; give a run folder"),
     (f"{ER} --nowand 0", "--nowand 0 needs the package wandb: pip install wandb"),
+    (f"{ER} --tensorboard", "--tensorboard 1 needs the package tensorboard: pip install tensorboard"),
+    (f"{ER} --wandb_mode of", "--wandb_mode: invalid choice: 'of'"),
     ("--model er --dataset seq-cifar10 --backbone resnet18 --base_path {tmp}", "{tmp}"),
 ]
 
@@ -166,7 +168,7 @@ def test_weights_of_another_network_are_one_line(tmp_path, capsys):
 def test_what_a_library_says_in_many_lines_is_one_line_here(capsys, monkeypatch):
     for error, code in ((UserError("this\n  failed: <b>\n\nthere"), 2), (RunError("this\n  failed: <b>\n\nthere"), 1)):
         with monkeypatch.context() as m:
-            m.setattr(main, "run", Mock(side_effect=error))
+            m.setattr(main, "execute", Mock(side_effect=error))
             assert main.main(ER.split()) == code
         assert capsys.readouterr().err.endswith(": this failed: <b> there\n")
 

@@ -2,7 +2,9 @@
 
 Nothing here imports PyTorch, so ``--help`` answers at once. Settings come from four places; the later wins:
 flag defaults < data set (its class, then ``--dataset_config``) < model config (``models/config/<model>.yaml``:
-section ``default``, then the one ``--model_config`` names) < command line. Configs are turned into arguments and put
+section ``default``, then the one ``--model_config`` names) < command line. Mammoth's own config files are read too:
+``--model_config best`` takes the section of the data set, and in it that of the buffer size; files of data sets may
+change their tasks and transforms (``datasets/utils/configured.py``). Configs are turned into arguments and put
 in front of the user's, so every value, wherever it comes from, passes the same checks.
 """
 
@@ -125,6 +127,7 @@ def add_general_args(parser: ArgumentParser) -> None:
     g.add_argument(
         "--lr_scheduler",
         choices=("none", "multisteplr", "cosine"),
+        type=str.lower,
         default="none",
         help="per epoch, restarted for each task (central) or round (--fl)",
     )
@@ -304,6 +307,11 @@ def add_general_args(parser: ArgumentParser) -> None:
     g.add_argument("--debug_mode", type=flag01, default=0, nargs="?", const=1, help="a few batches per epoch only")
     g.add_argument("--nowand", type=flag01, default=1, nargs="?", const=1, help="0: log to Weights & Biases as well")
     g.add_argument("--wandb_project", default="herd")
+    g.add_argument("--wandb_entity", default=None, help="team or user; default: wandb's own")
+    g.add_argument("--wandb_mode", choices=("online", "offline"), default=None, help="default: wandb's own, online")
+    g.add_argument(
+        "--tensorboard", type=flag01, default=0, nargs="?", const=1, help="1: event files in the run's folder as well"
+    )
     g.add_argument("--notes", default=None, help="free text, kept in args.yaml")
 
 
@@ -345,18 +353,24 @@ def _method_parser(cls: type, parser: ArgumentParser) -> None:
     parser.set_defaults(**own._defaults)
 
 
-def _as_argv(settings: dict, parser: ArgumentParser, source: str) -> list[str]:
-    """Settings of a config file as command-line arguments, so that they pass the same checks."""
+def _as_argv(settings: dict, parser: ArgumentParser, source: str | None) -> list[str]:
+    """Settings as command-line arguments, so that they pass the same checks.
+
+    Args:
+        source: the config file they come from, for messages; None: the user, whose unknown flags are met later.
+    """
     argv = []
     for key, value in settings.items():
         action = parser._option_string_actions.get(f"--{key}")
-        if action is None:
+        if action is None and source is not None:
             flags = [o[2:] for o in parser._option_string_actions if o.startswith("--")]
-            raise UserError(f"{source}: unknown setting {key!r}: {nearest(key, flags)}")
+            raise UserError(f"{source}: unknown setting {key!r}: {nearest(str(key), flags)}")
         if isinstance(action, argparse._StoreTrueAction):
             argv += [f"--{key}"] if value else []
+        elif isinstance(value, list | tuple):
+            argv += [f"--{key}", *map(str, value)]
         elif value is not None:
-            argv += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
+            argv.append(f"--{key}={int(value) if isinstance(value, bool) else value}")
     return argv
 
 
@@ -372,39 +386,75 @@ def _read_yaml(file: Path) -> dict:
     return data
 
 
-def _pick(section: dict, dataset: str, fl: bool) -> dict:
-    """Flatten a config section: plain keys, then those under ``fl`` or ``central``, then those of the data set."""
+def _pick(section: dict, dataset: str, fl: bool, buffer_size: str = "") -> dict:
+    """Flatten a config section: plain keys, then those under ``fl`` or ``central``, then those of the data set, then
+    those of the buffer size.
+
+    Raises:
+        UserError: there are settings by buffer size, but none for this one.
+    """
+    section = _flat_backbone(section)
     chosen = {k: v for k, v in section.items() if not isinstance(v, dict)}
-    for key, value in section.items():
-        if isinstance(value, dict) and key == ("fl" if fl else "central"):
-            chosen.update(_pick(value, dataset, fl))
-    for key, value in section.items():
-        if isinstance(value, dict) and normal(key) == normal(dataset):
-            chosen.update(_pick(value, dataset, fl))
+    nested = {str(k): v for k, v in section.items() if isinstance(v, dict)}
+    sizes = {k: v for k, v in nested.items() if k.isdigit()}
+    for key, value in nested.items():
+        if key == ("fl" if fl else "central"):
+            chosen.update(_pick(value, dataset, fl, buffer_size))
+    for key, value in nested.items():
+        if normal(key) == normal(dataset):
+            chosen.update(_pick(value, dataset, fl, buffer_size))
+    if sizes and buffer_size not in sizes:
+        raise UserError(
+            f"--buffer_size {buffer_size or 'is not a flag of this method'}: the config file has settings for "
+            f"{', '.join(sizes)}: choose one of them, or leave out --model_config"
+        )
+    if sizes:
+        chosen.update(_pick(sizes[buffer_size], dataset, fl, buffer_size))
     return chosen
 
 
-def model_config(model: str, dataset: str, name: str, fl: bool) -> dict:
+def _flat_backbone(settings: dict) -> dict:
+    """Mammoth's ``backbone: {type: vit, args: {...}}`` as flags, without the number of classes, which is the data
+    set's to say."""
+    backbone = settings.get("backbone")
+    if not isinstance(backbone, dict):
+        return settings
+    own = {k: v for k, v in (backbone.get("args") or {}).items() if k not in ("nclasses", "num_classes")}
+    return {**settings, "backbone": backbone.get("type"), **own}
+
+
+def _config_file(folder: Path, name: str) -> Path:
+    """The file of that name, or one whose name differs in ``-`` and ``_`` alone."""
+    return next((f for f in sorted(folder.glob("*.yaml")) if normal(f.stem) == normal(name)), folder / f"{name}.yaml")
+
+
+def model_config(model: str, dataset: str, name: str, fl: bool, buffer_size: str = "") -> dict:
     """Settings of ``models/config/<model>.yaml``: section ``default`` overlaid by the section ``name``.
+
+    In Mammoth's files the best settings are in sections named after data sets, which ``best`` takes as well.
 
     Raises:
         UserError: no such section (the message lists those there are).
     """
-    file = ROOT / "models" / "config" / f"{model.replace('-', '_')}.yaml"
+    file = _config_file(ROOT / "models" / "config", model)
     data = _read_yaml(file) if file.exists() else {}
-    settings = _pick(data.get("default") or {}, dataset, fl)
+    settings = _pick(data.get("default") or {}, dataset, fl, buffer_size)
     if name != "default":
-        if name not in data:
-            have = ", ".join(["default", *[k for k in data if k != "default"]])
-            raise UserError(f"--model_config {name!r}: {file.name} has no such section: choose from {have}")
-        section = data[name] or {}
+        best = {k: v for k, v in data.items() if name == "best" and normal(str(k)) == normal(dataset)}
+        if name not in data and not best:
+            have = ", ".join(["default", *[str(k) for k in data if k != "default"]])
+            nor = f", nor settings for {dataset}" if name == "best" else ""
+            raise UserError(f"--model_config {name!r}: {file.name} has no such section{nor}: choose from {have}")
+        section = {**(data.get(name) or {}), **best}
         covered = [k for k, v in section.items() if isinstance(v, dict) and k not in ("fl", "central")]
         if name.startswith("paper") and covered and normal(dataset) not in map(normal, covered):
             raise UserError(
                 f"--model_config {name}: {file.name} has no published settings for {dataset!r} in that section, "
                 f"only for {', '.join(covered)}"
             )
-        settings.update(_pick(section, dataset, fl))
+        settings.update(_pick(section, dataset, fl, buffer_size))
+    if normal(str(settings.pop("model", model))) != normal(model):  # Mammoth's files say it
+        raise UserError(f"{file} is of another model than {model!r}")
     return settings
 
 
@@ -413,11 +463,23 @@ def dataset_config(dataset: str, name: str | None) -> dict:
     if name is None:
         return {}
     folder = ROOT / "datasets" / "configs" / normal(dataset)
-    file = folder / f"{name}.yaml"
+    file = _config_file(folder, name)
     if not file.exists():
         have = ", ".join(f.stem for f in sorted(folder.glob("*.yaml"))) or "none"
         raise UserError(f"--dataset_config {name!r}: there is no {file.relative_to(ROOT)}: those there are: {have}")
-    return _read_yaml(file)
+    return _flat_backbone(_read_yaml(file))
+
+
+def _attributes(data_cls: type, settings: dict) -> tuple[dict, dict]:
+    """(attributes of the data set, flags) of a ``--dataset_config`` file, checked as far as its class allows."""
+    if not settings:
+        return {}, {}
+    from datasets.utils import configured
+
+    attributes, flags = configured.split(settings)
+    configured.division(data_cls, attributes)
+    configured.appearance(data_cls, attributes)
+    return attributes, flags
 
 
 def _peek(argv: list[str], flag: str, *aliases: str) -> str | None:
@@ -432,8 +494,12 @@ def _peek(argv: list[str], flag: str, *aliases: str) -> str | None:
     return value
 
 
-def parse_args(argv: list[str] | None = None) -> Namespace:
+def parse_args(argv: list[str] | dict | None = None) -> Namespace:
     """Parse the command line into the resolved settings of a run.
+
+    Args:
+        argv: arguments (default: the process's), or settings by flag name: lists for flags that take several values,
+            booleans for switches, None for what is not given.
 
     Returns:
         Namespace with every flag of the run, plus ``given`` (names of flags the user typed) and ``command``.
@@ -441,6 +507,10 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     Raises:
         UserError: anything wrong with the flags, in one line.
     """
+    settings = argv if isinstance(argv, dict) else None
+    if settings is not None:  # for now; in full as soon as the parser knows what is a switch
+        argv = ["--fl"] if settings.get("fl") else []
+        argv += [f"--{k}={v}" for k, v in settings.items() if k != "fl" and v is not None]
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = HerdParser(
         prog="main.py",
@@ -478,12 +548,13 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         data_cls.get_parser(parser.add_argument_group(f"dataset {dataset}"))
         fl = "--fl" in argv or _implied_fl(cls, argv)
         defaults = data_cls.defaults(fl)
-        chosen = dataset_config(dataset, _peek(argv, "--dataset_config"))
-        config = model_config(model, dataset, _peek(argv, "--model_config", "--preset") or "default", fl)
-        for settings in (defaults, chosen, config):
-            backbone = (
-                settings.get("backbone", backbone) if _peek(argv, "--backbone", "--network") is None else backbone
-            )
+        rehearses = "--buffer_size" in parser._option_string_actions
+        size = _peek(argv, "--buffer_size") or (str(parser.get_default("buffer_size")) if rehearses else "")
+        config = model_config(model, dataset, _peek(argv, "--model_config", "--preset") or "default", fl, size)
+        chosen = dataset_config(dataset, _peek(argv, "--dataset_config") or config.get("dataset_config"))
+        attributes, chosen = _attributes(data_cls, chosen)
+        if backbone is None:
+            backbone = {**defaults, **chosen, **config}.get("backbone")
     if backbone is not None:
         import backbones
 
@@ -491,6 +562,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         backbones.add_backbone_args(backbone, parser)
     if helping and dataset is None:
         parser.parse_args(["--help"])
+    if settings is not None:
+        argv = _as_argv(settings, parser, None)
 
     front = (
         _as_argv({k: v for k, v in defaults.items() if k in _dests(parser)}, parser, f"defaults of {dataset}")
@@ -511,6 +584,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
             else f"cannot place the argument {first!r}: every value needs its flag"
         )
     args.model, args.dataset, args.backbone = model, dataset, backbone
+    if attributes:  # the numbers depend on them, so they are settings
+        args.dataset_attributes = attributes
     args.unlearning_flags = _unlearning_flags(cls, unlearner)
     args.given = sorted(
         {parser._option_string_actions[o].dest for a in argv if (o := a.split("=")[0]) in parser._option_string_actions}
@@ -571,5 +646,7 @@ def _check(args: Namespace, cls: type, data_cls: type) -> None:
         )
     if not args.nowand and find_spec("wandb") is None:
         raise UserError("--nowand 0 needs the package wandb: pip install wandb, or leave --nowand at 1")
+    if args.tensorboard and find_spec("tensorboard") is None:
+        raise UserError("--tensorboard 1 needs the package tensorboard: pip install tensorboard, or leave it at 0")
     if args.optim_nesterov and (args.optimizer != "sgd" or args.optim_mom == 0):
         raise UserError("--optim_nesterov needs --optimizer sgd and --optim_mom above 0")

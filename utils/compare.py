@@ -243,6 +243,29 @@ def _p_values(found: Groups, metric: str, baseline: str) -> list[float]:
     return p
 
 
+def read_run(run_dir: str | Path) -> dict[str, object]:
+    """What one run found: its row of summary.csv, numbers as int or float and None for what is empty, the folder
+    (``path``), and the matrices of :func:`read_accuracy` (``accuracy``).
+
+    Raises:
+        UserError: the folder has no summary.csv that can be read.
+    """
+    row = next(iter(_read_summary(Path(run_dir) / "summary.csv")), None)
+    if row is None:
+        raise UserError(f"no results in {run_dir}; give a folder with a summary.csv")
+    del row["args"]
+    return {k: v if k in TEXT else _number(v) for k, v in row.items()} | {"accuracy": read_accuracy(run_dir)}
+
+
+def _number(value: object) -> object:
+    for kind in (int, float):
+        try:
+            return kind(value)
+        except (ValueError, TypeError):
+            pass
+    return value
+
+
 def print_run_table(run_dir: str | Path) -> None:
     """Prints what one run found: accuracy per task, when just learned and at the end, and the summary metrics.
 

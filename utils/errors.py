@@ -6,12 +6,27 @@ import difflib
 from collections.abc import Iterable
 
 
-class UserError(Exception):
-    """A mistake in what the user asked for. ``main.py`` prints its message on one line and exits with code 2."""
+class OneLine(Exception):
+    """An error whose message is one line, whatever a library has put in it."""
+
+    def __str__(self) -> str:
+        return " ".join(super().__str__().split())
 
 
-class RunError(Exception):
+class UserError(OneLine, ValueError):
+    """A mistake in what the user asked for. ``main.py`` prints its message and exits with code 2."""
+
+
+class Busy(UserError):
+    """Another process is carrying out the same run. ``main.py`` exits with code 75, and a sweep comes back later."""
+
+
+class RunError(OneLine):
     """A run that cannot go on (a diverged client, a full disk). ``main.py`` prints one line and exits with code 1."""
+
+
+class Interrupted(Exception):
+    """Ctrl-C, raised between two phases after the state was saved."""
 
 
 class ClientError(RunError):
@@ -26,7 +41,7 @@ class ClientError(RunError):
         self.trace = trace
 
     def __str__(self) -> str:
-        return self.args[0]
+        return " ".join(self.args[0].split())
 
 
 def nearest(name: str, allowed: Iterable[str], n: int = 3) -> str:

@@ -12,12 +12,13 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import cache
 from pathlib import Path
 
-from utils.errors import RunError, UserError
+from utils.errors import Busy, RunError, UserError
 from utils.files import replacing
 from utils.registry import ROOT
 
@@ -34,6 +35,9 @@ NOT_IDENTITY = {
     "stop_after",
     "nowand",
     "wandb_project",
+    "wandb_entity",
+    "wandb_mode",
+    "tensorboard",
     "notes",
     "export_adapter",
     "device",
@@ -79,15 +83,14 @@ def versions() -> dict[str, str]:
     """Git commit of the code and versions of what it runs on."""
     import torch
 
-    try:
-        git = ["git", "-C", str(ROOT)]
-        commit = subprocess.run(
-            [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        if subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip():
-            commit += "+changes"
-    except (OSError, subprocess.CalledProcessError):
-        commit = ""
+    git, commit = ["git", "-C", str(ROOT)], ""
+    if (ROOT / ".git").exists():  # else it is a copy, or installed: a repository around it is another one
+        with suppress(OSError, subprocess.CalledProcessError):
+            commit = subprocess.run(
+                [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
+            ).stdout.strip()
+            if subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip():
+                commit += "+changes"
     return {
         "git_commit": commit,
         "version_python": platform.python_version(),
@@ -152,6 +155,68 @@ class Table:
         self.written += len(new)
 
 
+class TensorBoard:
+    """``--tensorboard 1``: rows as scalars, one event file for each sitting, in the run's folder.
+
+    This class and :class:`Wandb` are what a logger is besides the CSV files. Steps are the rows of rounds.csv.
+
+    Args:
+        run: the run. start: rows that are there already, when it goes on; what was logged from there on is repeated.
+    """
+
+    def __init__(self, run: Run, start: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(run.path / "tensorboard", purge_step=start or None)
+
+    def log(self, row: dict, step: int) -> None:
+        """A row of rounds.csv."""
+        for name, value in _numbers(row).items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()  # a run that is killed goes on after this row
+
+    def summary(self, row: dict, step: int) -> None:
+        """The row of summary.csv, at the end of a sitting, after ``step`` rows."""
+        for name, value in _numbers(row).items():
+            self._writer.add_scalar(f"summary/{name}", value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Wandb:
+    """``--nowand 0``: Weights & Biases. A run that goes on is the same run there; steps it has already are not taken
+    again."""
+
+    def __init__(self, run: Run, start: int) -> None:
+        import wandb
+
+        args = run.args
+        self._run = wandb.init(
+            project=args.wandb_project,
+            entity=args.wandb_entity,
+            mode=args.wandb_mode,
+            id=run.path.name,
+            name=run.path.name,
+            resume="allow",
+            config=settings_of(args),
+            dir=str(run.path),
+        )
+
+    def log(self, row: dict, step: int) -> None:
+        self._run.log(_numbers(row), step=step)
+
+    def summary(self, row: dict, step: int) -> None:
+        self._run.summary.update({k: v for k, v in row.items() if v is not None})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _numbers(row: dict) -> dict:
+    return {k: v for k, v in row.items() if isinstance(v, int | float)}
+
+
 class Run:
     """One run's folder and what is written there.
 
@@ -164,7 +229,8 @@ class Run:
         self.rounds: list[dict] = []
         self.clock = {"train": 0.0, "train_cpu": 0.0, "total": 0.0}
         self._started = time.perf_counter()
-        self._wandb = None
+        self.loggers: list[TensorBoard | Wandb] = []
+        self._summary: dict | None = None
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = open(path / ".lock", "w")  # noqa: SIM115 - held for as long as the run lives
@@ -234,8 +300,8 @@ class Run:
         """Append a row to rounds.csv."""
         self.rounds.append(row)
         write_csv(self.path / "rounds.csv", self.rounds)
-        if self._wandb is not None:
-            self._wandb.log({k: v for k, v in row.items() if v is not None})
+        for logger in self.loggers:
+            logger.log(row, len(self.rounds) - 1)
 
     def write_accuracy(self, class_il, task_il) -> None:
         """accuracy.csv: for every finished task the accuracy in % on each task, class-IL and task-IL."""
@@ -274,25 +340,38 @@ class Run:
             "optimizer": a.optimizer,
             "lr": a.lr,
         }
-        write_csv(self.path / "summary.csv", [{**head, **row, "command": a.command, **versions()}])
+        self._summary = {**head, **row, "command": a.command, **versions()}
+        write_csv(self.path / "summary.csv", [self._summary])
 
-    def start_wandb(self) -> None:
-        """Log to Weights & Biases too (``--nowand 0``), an optional package."""
-        import wandb
+    def start_loggers(self, start: int) -> None:
+        """Log elsewhere too, where that is asked for; ``start`` rows of rounds.csv are there already.
 
-        self._wandb = wandb.init(
-            project=self.args.wandb_project, name=self.path.name, config=settings_of(self.args), dir=str(self.path)
-        )
+        Raises:
+            UserError: what a logger says that cannot start (no key, no network).
+        """
+        for flag, wanted, logger in (
+            ("--tensorboard 1", self.args.tensorboard, TensorBoard),
+            ("--nowand 0", not self.args.nowand, Wandb),
+        ):
+            if wanted:
+                try:
+                    self.loggers.append(logger(self, start))
+                except Exception as e:
+                    raise UserError(f"{flag}: {type(e).__name__}: {e}") from e
 
     def seconds(self) -> float:
         """Seconds of all sittings of this run."""
         return self.clock["total"] + time.perf_counter() - self._started
 
     def close(self) -> None:
-        self._log.close()
-        self._lock.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        try:
+            for logger in self.loggers:
+                if self._summary is not None:
+                    logger.summary(self._summary, len(self.rounds))
+                logger.close()
+        finally:
+            self._log.close()
+            self._lock.close()
 
 
 def is_finished(path: Path, args: Namespace) -> bool:
@@ -304,3 +383,49 @@ def is_finished(path: Path, args: Namespace) -> bool:
         return row["status"] in ("finished", "stopped") and int(row["tasks_done"]) >= wanted
     except (OSError, StopIteration, KeyError, ValueError):
         return False
+
+
+def find_checkpoint(args: Namespace) -> tuple[Path | None, Path | None, bool]:
+    """What ``--loadcheck`` points to: (run folder or None, checkpoint file or None, whether that run is finished)."""
+    if args.loadcheck is None:
+        return None, None, False
+    if args.loadcheck != "auto":
+        path = Path(args.loadcheck)
+        if not path.exists():
+            raise UserError(f"--loadcheck: there is nothing at {path}; give a run folder, its checkpoint file, or auto")
+        file = path / "checkpoint" / "last.safetensors" if path.is_dir() else path
+        return (file.parent.parent if file.parent.name == "checkpoint" else None), file, False
+    for path in Run.candidates(args):
+        if is_finished(path, args):
+            return path, None, True
+        if (path / "checkpoint" / "last.safetensors").exists():
+            return path, path / "checkpoint" / "last.safetensors", False
+    return None, None, False
+
+
+@contextmanager
+def claimed(args: Namespace) -> Iterator[None]:
+    """Under ``--loadcheck auto`` no two processes carry out the same run, from before it has a folder to its end.
+
+    The lock is on a file of the results folder, named by the settings and the seed; it goes with its process.
+
+    Raises:
+        Busy: another process is at it.
+    """
+    if args.loadcheck != "auto":
+        yield
+        return
+    file = Path(args.results_path) / ".locks" / f"s{args.seed}-{settings_hash(args)}"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(file, "w")  # noqa: SIM115
+    except OSError as e:
+        raise UserError(f"cannot write to {file.parent}: {e.strerror or e}; give another --results_path") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Busy(
+                f"another process is at this run (it holds {file}): wait for it, or leave out --loadcheck auto"
+            ) from None
+        yield

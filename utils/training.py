@@ -16,13 +16,9 @@ from contextlib import contextmanager
 from utils import checkpoints
 from utils.bias_source import bias_source
 from utils.conf import make_generator, set_random_seed
-from utils.errors import UserError
+from utils.errors import Interrupted, UserError
 from utils.evaluate import Results
 from utils.loggers import Run, identity, peak_memory_mb, write_csv
-
-
-class Interrupted(Exception):
-    """Ctrl-C, raised between two phases after the state was saved."""
 
 
 class Session:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from datasets.utils import seeded, stratified_split
+from datasets.utils import configured, seeded, stratified_split
 from datasets.utils.transforms import BatchTransform, Compose, Denormalize, Draws, Normalize, Resize, send, to_float
 from utils.errors import UserError
 
@@ -39,7 +39,8 @@ class ContinualDataset:
 
     Fields of ``args`` that are read, all optional: ``dataset, base_path ('./data/'), seed, backbone, fl, batch_size,
     n_epochs, minibatch_size, device, drop_last, permute_classes (0/1), validation (percentage of the training set that
-    replaces the test set), joint (0/1: one training task with everything; evaluation stays per task)``.
+    replaces the test set), joint (0/1: one training task with everything; evaluation stays per task),
+    dataset_attributes (what --dataset_config changes, see ``configured.py``)``.
 
     Attributes:
         train_loader: loader of the current task's training data; None before the first.
@@ -83,6 +84,8 @@ class ContinualDataset:
             raise ValueError(
                 f"{self.NAME}: SETTING is 'class-il', 'domain-il' or 'general-continual', not {self.SETTING!r}"
             )
+        changed = self._arg("dataset_attributes", {})
+        vars(self).update(configured.division(type(self), changed))
         per_task = self.N_CLASSES_PER_TASK
         self._sizes = [per_task] * self.N_TASKS if isinstance(per_task, int) else list(per_task)
         if len(self._sizes) != self.N_TASKS:
@@ -96,11 +99,19 @@ class ContinualDataset:
         self.train_loader: BatchLoader | None = None
         self.test_loaders: list[BatchLoader] = []
         self.configure()
+        looks = configured.appearance(type(self), changed)
+        listed = {True: looks.pop("TRANSFORM", None), False: looks.pop("TEST_TRANSFORM", None)}
+        vars(self).update(looks)
+        if listed[False] is not None:  # what get_normalization_transform looks at
+            self.TEST_AUGMENT = [t for t in listed[False] if not isinstance(t, Normalize)]
+        augment = {True: self.TRAIN_AUGMENT, False: self.TEST_AUGMENT}
         self._transforms = {
-            True: Compose([*self.TRAIN_AUGMENT, *self._normalize()]),
-            False: Compose([*self.TEST_AUGMENT, *self._normalize()]),
+            train: Compose([*augment[train], *self._normalize()] if listed[train] is None else listed[train])
+            for train in (True, False)
         }
         self._load()
+        if changed:
+            self._check_size()
 
     # ---- what a dataset file writes
     @staticmethod
@@ -148,6 +159,22 @@ class ContinualDataset:
             self.class_order = seeded(self.seed, "permute_classes").permutation(self.N_CLASSES)
             order = torch.from_numpy(self.class_order)
             self.train_labels, self.eval_labels = order[self.train_labels], order[self.eval_labels]
+
+    def _check_size(self) -> None:
+        """That the transforms of ``--dataset_config`` make images of ``SIZE``, which networks are built for."""
+        for train, name in ((True, "TRANSFORM"), (False, "TEST_TRANSFORM")):
+            image = to_float(self.task_images(self.train_images[:1], 0))
+            try:
+                channels, *size = self._transforms[train](image, torch.Generator()).shape[-3:]
+            except (ValueError, RuntimeError) as e:
+                raise UserError(f"--dataset_config: {name} does not take images of {self.NAME}: {e}") from None
+            if channels != self.CHANNELS:
+                raise UserError(f"--dataset_config: {name}: means and deviations are not for {self.CHANNELS} channels")
+            if size != list(self.SIZE):
+                raise UserError(
+                    f"--dataset_config: {name} makes images of {size[0]} x {size[1]}, SIZE is {list(self.SIZE)}: make "
+                    "them the same"
+                )
 
     def _check_arguments(self) -> None:
         validation = self._arg("validation")

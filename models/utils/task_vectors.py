@@ -240,7 +240,8 @@ def _plot_alpha(rows: list[dict], file: Path) -> None:
 
 def control_dataset(method) -> tuple[ContinualDataset, Tensor, Tensor]:
     """``--control_dataset``, and its training samples in two parts: nine tenths, and those that choose coefficients."""
-    args = {k: v for k, v in vars(method.args).items() if k not in ("n_epochs", "validation", "joint")}
+    other = ("n_epochs", "validation", "joint", "dataset_attributes")
+    args = {k: v for k, v in vars(method.args).items() if k not in other}
     control = get_dataset(Namespace(**{**args, "dataset": method.args.control_dataset, "joint": 0})).to(method.device)
     parts = stratified_split(control.train_labels.cpu().numpy(), 0.1, seeded(method.args.seed, "control"))
     return control, *map(torch.from_numpy, parts)

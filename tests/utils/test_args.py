@@ -195,3 +195,88 @@ def test_nearest_names_come_closest_first():
     assert nearest("bufer_size", ["batch_size", "buffer_size", "lr"]) == "did you mean 'buffer_size' or 'batch_size'?"
     assert nearest("Seq_Digit", ["seq-digits", "x"]) == "did you mean 'seq-digits'?"
     assert nearest("zzz", ["b", "a"]) == "choose from a, b"
+
+
+# ---- Mammoth's config files
+
+MAMMOTH = """
+default:
+  optim_mom: 0.9
+seq-digits:
+  dataset_config: long
+  lr: 1e-2
+  optim_wd: 1e-4
+  500:
+    lr: 0.5
+    model: er
+    lr_scheduler: multisteplr
+    lr_milestones: [2, 3]
+  200:
+    lr: 0.2
+    n_epochs: 2
+seq-mnist:
+  lr: 9
+"""
+
+
+def test_best_settings_by_data_set_and_buffer_size(configs):
+    configs("models/config/er.yaml", MAMMOTH)
+    configs("datasets/configs/seq-digits/long.yaml", "n_epochs: 40\nbatch_size: 64\nlr_scheduler: None\n")
+    configs("datasets/configs/seq-digits/short.yaml", "n_epochs: 4\n")
+
+    def got(*flags):
+        a = parse_args([*ER, *flags])
+        return a.lr, a.optim_wd, a.n_epochs, a.batch_size, a.lr_scheduler, a.dataset_config, a.optim_mom
+
+    assert got() == (0.03, 0, 5, 32, "none", None, 0.9)  # the default section alone
+    best = "--model_config=best"
+    assert got(best) == (0.2, 1e-4, 2, 64, "none", "long", 0.9)  # buffers hold 200 samples unless said
+    assert got(best, "--buffer_size", "500") == (0.5, 1e-4, 40, 64, "multisteplr", "long", 0.9)
+    assert parse_args([*ER, best, "--buffer_size=500"]).lr_milestones == [2, 3]
+    assert got(best, "--buffer_size=500", "--dataset_config=short") == (0.5, 1e-4, 4, 32, "multisteplr", "short", 0.9)
+    assert got(best, "--buffer_size=500", "--lr=7")[0] == 7
+    with pytest.raises(UserError, match="--buffer_size 300: the config file has settings for 500, 200"):
+        got(best, "--buffer_size=300")
+
+
+def test_file_names_and_what_they_are_for(configs):
+    configs("models/config/ewc-on.yaml", "seq_digits: {e_lambda: 3, model: ewc-on}\n")
+    flags = ["--model=ewc_on", "--dataset=seq-digits", "--backbone=mnistmlp"]
+    assert parse_args([*flags, "--model_config=best"]).e_lambda == 3
+    configs("models/config/sgd.yaml", "seq-digits: {lr: 3, model: er}\n")
+    with pytest.raises(UserError, match="sgd.yaml is of another model than 'sgd'"):
+        parse_args(["--model=sgd", "--dataset=seq-digits", "--model_config=best"])
+    configs("models/config/sgd.yaml", "seq-mnist: {lr: 3}\n")
+    with pytest.raises(UserError, match="no such section, nor settings for seq-digits: choose from default, seq-mnist"):
+        parse_args(["--model=sgd", "--dataset=seq-digits", "--model_config=best"])
+    configs("models/config/sgd.yaml", "seq-digits: {100: {lr: 3}}\n")
+    with pytest.raises(UserError, match="--buffer_size is not a flag of this method"):
+        parse_args(["--model=sgd", "--dataset=seq-digits", "--model_config=best"])
+    configs("models/config/sgd.yaml", "seq-digits: {dataset_config: nope}\n")
+    with pytest.raises(UserError, match="there is no datasets/configs/seq-digits/nope.yaml: those there are: none"):
+        parse_args(["--model=sgd", "--dataset=seq-digits", "--model_config=best"])
+
+
+def test_a_backbone_with_arguments(configs):
+    backbone = "backbone: {type: vit_pocket, args: {nclasses: 10, pretrained: false}}\n"
+    flags = ["--model=er", "--dataset=seq-mnist"]  # whose default is another
+    configs("datasets/configs/seq-mnist/x.yaml", backbone)
+    args = parse_args([*flags, "--dataset_config=x"])
+    assert (args.backbone, args.pretrained) == ("vit-pocket", 0)
+    configs("models/config/er.yaml", "seq-mnist:\n  200:\n    " + backbone)
+    args = parse_args([*flags, "--model_config=best"])
+    assert (args.backbone, args.pretrained) == ("vit-pocket", 0)
+
+
+def test_attributes_of_the_data_set_are_settings(configs):
+    configs("datasets/configs/seq-digits/two.yaml", "N_TASKS: 2\nN_CLASSES_PER_TASK: 5\nn_epochs: 3\n")
+    configs("datasets/configs/seq-digits/again.yaml", "n_tasks: 2\nn_classes_per_task: 5\nn_epochs: 3\n")
+    plain, two, again = (
+        parse_args([*ER, "--n_epochs=3", *x]) for x in ([], ["--dataset_config=two"], ["--dataset_config=again"])
+    )
+    assert "dataset_attributes" not in plain and two.n_epochs == 3
+    assert identity(two)["dataset_attributes"] == {"N_TASKS": 2, "N_CLASSES_PER_TASK": 5}
+    assert settings_hash(two) == settings_hash(again) != settings_hash(plain)
+    configs("datasets/configs/seq-digits/two.yaml", "N_TASK: 2\n")
+    with pytest.raises(UserError, match="unknown attribute 'N_TASK': did you mean 'N_TASKS'"):
+        parse_args([*ER, "--dataset_config=two"])

@@ -6,13 +6,16 @@ import json
 import math
 import os
 import re
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 import pytest
 import torch
 import yaml
 
 from datasets.utils.partition import Partition
-from tests.helpers import folders, only_folder, rows, run, small_args
+from tests.helpers import Mortal, folders, only_folder, rows, run, small_args
 from utils import loggers
 from utils.args import parse_args
 from utils.errors import RunError, UserError
@@ -244,3 +247,124 @@ def test_a_broken_summary_is_not_a_finished_run(tmp_path, text):
 def test_settings_are_plain_data():
     settings = loggers.settings_of(parse_args(small_args("dolfin", True)))
     assert json.loads(json.dumps(settings)) == settings
+
+
+# ---- elsewhere than in CSV files
+
+
+EVALUATED = ["--savecheck=task", "--n_epochs=2", "--eval_every=1", "--stop_after=3"]
+
+
+class Recorder:
+    """Stands for a wandb run and for a SummaryWriter: keeps what it is told."""
+
+    made: list[Recorder] = []
+
+    def __init__(self, *args, **kwargs):
+        self.args, self.kwargs, self.logged, self.summary, self.closed = args, kwargs, [], {}, 0
+        Recorder.made.append(self)
+
+    def log(self, row, step):
+        self.logged.append((step, row))
+
+    def add_scalar(self, name, value, step):
+        self.logged.append((step, name, value))
+
+    def flush(self):
+        self.flushed = len(self.logged)
+
+    def finish(self):
+        self.closed += 1
+
+    close = finish
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    """wandb and tensorboard as modules that record; each made object in the list."""
+    monkeypatch.setattr(Recorder, "made", [])
+    for name, at in (("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")):
+        for module in {name, at}:
+            stub = ModuleType(module)
+            stub.__spec__ = ModuleSpec(module, None)
+            stub.init = stub.SummaryWriter = Recorder
+            monkeypatch.setitem(sys.modules, module, stub)
+    return Recorder.made
+
+
+def die_in_the_second_task(mortal, argv, results):
+    """A row is written and logged after the checkpoint, then the process dies; the same command goes on."""
+    assert mortal.run(argv, results, die_at=(1, 1, "before the boundary", 1)) is None
+    assert len(rows(only_folder(results) / "rounds.csv")) == 3
+    assert mortal.run(argv, results, "--loadcheck=auto") == 0
+    table = rows(only_folder(results) / "rounds.csv")
+    assert len(table) == 6
+    return table
+
+
+def test_wandb_and_tensorboard_are_told_every_row_once(tmp_path, monkeypatch, recorder):
+    argv = [*small_args("sgd", False), *EVALUATED, "--nowand=0", "--tensorboard", "--wandb_entity=us"]
+    table = die_in_the_second_task(Mortal(monkeypatch), [*argv, "--wandb_mode=offline"], tmp_path)
+    board, wandb, board2, wandb2 = recorder
+    folder = only_folder(tmp_path)
+    assert (board.args, board.kwargs) == ((folder / "tensorboard",), {"purge_step": None})
+    assert board2.kwargs == {"purge_step": 2}  # what was logged after the checkpoint is taken back
+    for w in (wandb, wandb2):  # one run, whose steps are counted by us
+        wanted = {"project": "herd", "entity": "us", "mode": "offline", "id": folder.name, "resume": "allow"}
+        assert wanted.items() <= w.kwargs.items() and w.kwargs["config"]["model"] == "sgd" and w.closed == 1
+    assert [s for s, _ in wandb.logged] == [0, 1, 2] and [s for s, _ in wandb2.logged] == [2, 3, 4, 5]
+    for step, row in [*wandb.logged[:2], *wandb2.logged]:
+        assert row.keys() == {k for k, v in table[step].items() if v != ""}
+        assert row["faa"] == float(table[step]["faa"]) and row["task"] == int(table[step]["task"])
+    (summary,) = rows(folder / "summary.csv")
+    assert wandb2.summary["status"] == summary["status"] == "stopped" and wandb2.summary["faa"] == float(summary["faa"])
+    for b, first in ((board, 0), (board2, 2)):
+        scalars = [x for x in b.logged if not x[1].startswith("summary/")]
+        assert sorted({s for s, *_ in scalars}) == list(range(first, 3 if b is board else 6))
+        assert len({x[:2] for x in b.logged}) == len(b.logged) and b.closed == 1 and b.flushed == len(scalars)
+    assert {n: v for s, n, v in board2.logged if s == 6}["summary/faa"] == float(summary["faa"])
+
+
+def test_tensorboard_reads_every_step_once(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    argv = [*small_args("sgd", False), *EVALUATED, "--tensorboard=1"]
+    table = die_in_the_second_task(Mortal(monkeypatch), argv, tmp_path)
+    folder = only_folder(tmp_path)
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    for name in ("faa", "faa_task_il", "train_seconds", "task"):
+        read = events.Scalars(name)
+        assert [e.step for e in read] == list(range(6))
+        assert [e.value for e in read] == pytest.approx([float(r[name]) for r in table], rel=1e-6)
+    (last,) = events.Scalars("summary/faa")
+    assert (last.step, last.value) == (6, pytest.approx(float(rows(folder / "summary.csv")[0]["faa"]), rel=1e-6))
+
+
+def test_nothing_is_imported_unless_asked(tmp_path, monkeypatch):
+    for module in ("wandb", "tensorboard", "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, module, None)  # importing it fails
+    assert run([*small_args("sgd", False), "--stop_after=1"], tmp_path) == 0
+
+
+@pytest.mark.parametrize("flag", ["--nowand=0", "--tensorboard=1"])
+def test_a_logger_that_cannot_start_is_one_line(tmp_path, monkeypatch, capsys, recorder, flag):
+    def refuse(*args, **kwargs):
+        raise RuntimeError("no key:\nwandb login")
+
+    for module in ("wandb", "torch.utils.tensorboard"):
+        monkeypatch.setattr(sys.modules[module], "init", refuse)
+        monkeypatch.setattr(sys.modules[module], "SummaryWriter", refuse)
+    argv = [*small_args("sgd", False), flag]
+    assert run(argv, tmp_path) == 2
+    name = flag.replace("=", " ")
+    assert capsys.readouterr().err == f"error: {name}: RuntimeError: no key: wandb login\n"
+    folder = only_folder(tmp_path)
+    assert not (folder / "summary.csv").exists()  # before any training
+    Run(folder, parse_args(argv[:-1])).close()  # and the folder is free again
+
+
+def test_where_it_is_logged_does_not_name_a_run(recorder):
+    plain = parse_args(small_args("sgd", False))
+    logged = ["--nowand=0", "--tensorboard=1", "--wandb_entity=us", "--wandb_mode=online", "--wandb_project=x"]
+    assert loggers.settings_hash(plain) == loggers.settings_hash(parse_args([*small_args("sgd", False), *logged]))
