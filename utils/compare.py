@@ -172,6 +172,12 @@ def groups(runs: DataFrame, by: list[str] | None = None) -> Groups:
     return found
 
 
+def metric_names(runs: DataFrame) -> list[str]:
+    """The columns of summary.csv that are numbers and no settings."""
+    settings = NOT_METRICS.union(*runs["args"])
+    return [name for name in runs if name not in settings and runs[name].dtype.kind == "f"]
+
+
 def table(
     runs: DataFrame,
     metrics: list[str] | None = None,
@@ -193,8 +199,7 @@ def table(
     """
     import pandas as pd
 
-    settings = NOT_METRICS.union(*runs["args"])
-    allowed = [name for name in runs if name not in settings and runs[name].dtype.kind == "f"]
+    allowed = metric_names(runs)
     for name in [*(metrics or []), *([sort] if sort else [])]:
         if name not in allowed:
             raise UserError(f"no metric {name!r} in these runs; {nearest(name, allowed)}")
@@ -246,7 +251,7 @@ def _paired_tests(found: Groups, metric: str, baseline: str) -> list[tuple[float
 
 def _baselines(found: Groups, baseline: str) -> dict[str, DataFrame]:
     """The row that ``baseline`` names in each dataset."""
-    wanted = [part.partition("=")[::2] if "=" in part else ("model", part) for part in _names([baseline])]
+    wanted = [part.partition("=")[::2] if "=" in part else ("model", part) for part in comma_list([baseline])]
     every = [group for _, group in found]
     known = {name for group in every for name in set(group).union(*group["args"])} - {"path", "args", "group"}
     for key, value in wanted:
@@ -310,7 +315,7 @@ def print_run_table(run_dir: str | Path) -> None:
     print(aligned([costs, [known[name] for name in costs]], 0))
 
 
-def _names(values: list[str] | None) -> list[str]:
+def comma_list(values: list[str] | None) -> list[str]:
     return [name.strip() for value in values or [] for name in value.split(",") if name.strip()]
 
 
@@ -342,7 +347,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         runs = load_runs(args.results, unfinished=args.all)
-        result = table(runs, _names(args.metric), _names(args.by), args.sort, args.baseline)
+        result = table(runs, comma_list(args.metric), comma_list(args.by), args.sort, args.baseline)
         if args.output:
             Path(args.output).write_text(render(result, args.format), "utf-8")
             note(f"wrote {args.output}")
@@ -352,7 +357,7 @@ def main(argv: list[str] | None = None) -> int:
                 shown = shown.replace("±", "+/-").encode(encoding, "ignore").decode(encoding)
             print(shown, end="")
         if args.plot:
-            for path in plot(groups(runs, _names(args.by)), Path(args.plot), args.kind):
+            for path in plot(groups(runs, comma_list(args.by)), Path(args.plot), args.kind):
                 note(f"wrote {path}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

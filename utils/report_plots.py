@@ -31,7 +31,7 @@ MARKERS, DASHES = "osD^vPX", ["-", "--", ":", "-."]
 
 
 def note(message: str) -> None:
-    print(f"compare: {message}", file=sys.stderr)
+    print(f"note: {message}", file=sys.stderr)
 
 
 def direction(metric: str) -> int:
@@ -185,11 +185,11 @@ def plot(groups: list[tuple[dict[str, object], DataFrame]], path: Path, kind: st
         raise UserError(f"--plot: cannot draw {path.name!r}; end the name in one of .{', .'.join(sorted(formats))}")
     read, draw, needed = KINDS[kind]
     found: dict[str, list[tuple[str, np.ndarray]]] = {}
-    for label, runs in groups:
+    for name, (label, runs) in zip(row_names([label for label, _ in groups]), groups):
         values = read(runs)
         if len(values):
             dataset = text(runs["dataset"].iloc[0] if "dataset" not in label else label["dataset"])
-            found.setdefault(dataset, []).append((row_name(label, groups), values))
+            found.setdefault(dataset, []).append((name, values))
     if not found:
         raise UserError(f"--plot: none of these runs has {needed}")
     written = []
@@ -201,20 +201,28 @@ def plot(groups: list[tuple[dict[str, object], DataFrame]], path: Path, kind: st
     return written
 
 
-def row_name(label: dict[str, object], groups: list[tuple[dict[str, object], DataFrame]]) -> str:
-    """``model (setting=value)`` with as few settings as tell the row from the others of its model and dataset."""
-    own = {key: label[key] for key in ("model", "dataset") if key in label}
-    peers = [other for other, _ in groups if all(other[key] == value for key, value in own.items())]
-    differing = [key for key in label if key not in own and len({text(peer[key]) for peer in peers}) > 1]
-    alone = [key for key in differing if len({text(peer[key]) for peer in peers}) == len(peers)]
-    name = text(own.get("model", "all"))
-    if alone[:1] == ["model_config"]:
-        return f"{name} ({text(label['model_config'])})"
-    settings = ", ".join(f"{key}={text(label[key])}" for key in alone[:1] or differing)
-    return f"{name} ({settings})" if settings else name
+def row_names(labels: list[dict[str, object]]) -> list[str]:
+    """``model (setting=value)`` for each row, with as few settings as tell it from others of its model and dataset."""
+    peers: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for label in labels:
+        shown = {key: text(value) for key, value in label.items()}
+        peers.setdefault((shown.get("model", "all"), shown.get("dataset", "")), []).append(shown)
+    telling = {}
+    for key, rows in peers.items():
+        values = {name: {row[name] for row in rows} for name in rows[0] if name not in ("model", "dataset")}
+        alone = [name for name in values if len(values[name]) == len(rows) > 1]
+        telling[key] = alone[:1] or [name for name in values if len(values[name]) > 1]
+    names = []
+    for label in labels:
+        key = text(label.get("model", "all")), text(label["dataset"]) if "dataset" in label else ""
+        settings = [f"{name}={text(label[name])}" for name in telling[key]]
+        if telling[key] == ["model_config"]:
+            settings = [text(label["model_config"])]
+        names.append(f"{key[0]} ({', '.join(settings)})" if settings else key[0])
+    return names
 
 
-def _padded(stack: list[np.ndarray]) -> np.ndarray:
+def padded(stack: list[np.ndarray]) -> np.ndarray:
     """Arrays of different lengths as one, with nan where one has no value."""
     import numpy as np
 
@@ -234,7 +242,7 @@ def _matrices(runs: DataFrame) -> np.ndarray:
             note(f"left out of the plot: {error}")
             continue
         stack += [matrices["class-il"]] if "class-il" in matrices else list(matrices.values())[:1]
-    return _padded(stack) if stack else np.empty(0)
+    return padded(stack) if stack else np.empty(0)
 
 
 def read_rounds(run_dir: str | Path) -> DataFrame:
@@ -249,14 +257,16 @@ def read_rounds(run_dir: str | Path) -> DataFrame:
 
     path = Path(run_dir) / "rounds.csv"
     try:
-        rounds = pd.read_csv(path).apply(pd.to_numeric).astype(float)
-        if "task" not in rounds or "faa" not in rounds:
-            raise ValueError("no column task or faa")
-    except (FileNotFoundError, pd.errors.EmptyDataError):
-        return pd.DataFrame()
-    except (OSError, ValueError, TypeError) as error:
+        with open(path, newline="", encoding="utf-8") as file:
+            header, *rows = list(csv.reader(file)) or [[]]
+        if rows and not {"task", "faa"} <= set(header) or any(len(row) != len(header) for row in rows):
+            raise ValueError("columns are missing")
+        rows = [[float(value or "nan") for value in row] for row in rows]
+    except FileNotFoundError:
+        header, rows = [], []
+    except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"cannot read {path} ({error}); is it still being written?") from error
-    return rounds
+    return pd.DataFrame(rows, columns=header if rows else [])
 
 
 def _bytes(runs: DataFrame) -> np.ndarray:
@@ -272,7 +282,7 @@ def _bytes(runs: DataFrame) -> np.ndarray:
             continue
         if "uplink_mb" in rounds and rounds["uplink_mb"].notna().any():
             stack.append(rounds[["uplink_mb", "faa"]].to_numpy())
-    return _padded(stack) if stack else np.empty(0)
+    return padded(stack) if stack else np.empty(0)
 
 
 def _ends(runs: DataFrame) -> np.ndarray:
@@ -281,7 +291,7 @@ def _ends(runs: DataFrame) -> np.ndarray:
     return values[values["faa"].notna()].to_numpy()[:, None]
 
 
-def _mean_std(stack: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def mean_std(stack: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and sample deviation over axis 0 of what is not nan; nan where nothing (for the deviation: one value) is."""
     import numpy as np
 
@@ -361,8 +371,8 @@ def _curves(figure: Figure | SubFigure, rows: list[tuple[str, np.ndarray]]) -> N
             style = {"color": "0.4", "ls": (0, (5, 2)), "lw": 1.2}
         else:
             stack = np.where(np.tri(*stack.shape[1:], dtype=bool), stack, np.nan)
-        seen = np.stack([_mean_std(run.T)[0] for run in stack])  # (seeds, rows)
-        mean, std = _mean_std(seen)
+        seen = np.stack([mean_std(run.T)[0] for run in stack])  # (seeds, rows)
+        mean, std = mean_std(seen)
         x = np.arange(1, len(mean) + 1)
         ax.plot(x, mean, **style)
         ax.fill_between(x, mean - std, mean + std, color=style["color"], alpha=_faint(rows), lw=0)
@@ -384,7 +394,7 @@ def _draw_bytes(dataset: str, rows: list[tuple[str, np.ndarray]]) -> Figure:
     (what, names), ends = _seeds(rows), []
     for i, (name, (_, stack)) in enumerate(zip(names, rows)):
         style = _style(i)
-        mean, std = _mean_std(stack)  # (evaluations, 2) over seeds
+        mean, std = mean_std(stack)  # (evaluations, 2) over seeds
         (x, y), dy = mean.T, std[:, 1]
         ax.plot(x, y, **{**style, "ms": 3.5, "markevery": max(1, len(x) // 12)})
         ax.fill_between(x, y - dy, y + dy, color=style["color"], alpha=_faint(rows), lw=0)
@@ -405,7 +415,7 @@ def _draw_tradeoff(dataset: str, rows: list[tuple[str, np.ndarray]]) -> Figure:
     ax = figure.subplots()
     (what, names), points, lines = _seeds(rows), [], []
     for i, (name, (_, values)) in enumerate(zip(names, rows)):
-        mean, std = _mean_std(values[:, 0])
+        mean, std = mean_std(values[:, 0])
         style = _style(i)
         if np.isfinite(mean[0]):
             ax.errorbar(*mean, yerr=std[1], color=style["color"], marker=style["marker"], ms=7, elinewidth=1, capsize=2)
@@ -522,7 +532,7 @@ def _draw_grid(figure: Figure | SubFigure, rows: list[tuple[str, np.ndarray]]) -
 def _draw_matrix(ax: Axes, name: str, stack: np.ndarray) -> AxesImage:
     import numpy as np
 
-    mean = _mean_std(stack)[0]
+    mean = mean_std(stack)[0]
     n_rows, n_tasks = mean.shape
     ax.set_facecolor("0.94")  # what was not evaluated
     image = ax.imshow(np.ma.masked_invalid(mean), vmin=0, vmax=100, cmap="cividis", aspect="equal")

@@ -21,7 +21,7 @@ from utils.errors import UserError
 from utils.report_plots import read_accuracy
 
 ROOT = Path(compare.__file__).parents[1]
-NOT_HASHED = {"seed", "status", "faa", "forgetting", "uplink_mb", "note_to_self"}
+NOT_HASHED = {"seed", "status", "faa", "forgetting", "uplink_mb", "note_to_self", "command"}
 
 
 def write_csv(path, header, *rows):
@@ -364,7 +364,7 @@ def test_accuracy_over_bytes_is_the_mean_over_seeds(tmp_path, capsys, monkeypatc
     write_rounds(write_run(tmp_path, "sgd", 0), [0, -1, 50.0, 1.0, ""])  # central
     write_run(tmp_path, "er", 0)
     half = write_rounds(write_run(tmp_path, "fedavg", 2), [0, 0, 80.0, 1.0, 2.0]) / "rounds.csv"
-    half.write_text("task,round,fa")
+    half.write_text("task,round,faa,loss,uplink_mb\n0,0,80.0,1.0,2.0\n0,1,8")
     drawn = []
     monkeypatch.setattr(report_plots, "_finish", drawn.append)
     code, _, err = run(capsys, tmp_path, "--plot", tmp_path / "x.png", "--kind", "bytes")
@@ -415,8 +415,7 @@ def test_positions_are_spread_with_the_least_shift():
 
 def test_names_of_rows_are_as_short_as_they_can_be():
     def names(*labels):
-        groups = [({"dataset": "d"} | label, None) for label in labels]
-        return [report_plots.row_name(label, groups) for label, _ in groups]
+        return report_plots.row_names([{"dataset": "d"} | label for label in labels])
 
     one, two = {"model": "a", "model_config": "head", "lr": 0.1}, {"model": "a", "model_config": "lora", "lr": 0.2}
     assert names(one) == ["a"] and names(one, two) == ["a (head)", "a (lora)"]
