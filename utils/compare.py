@@ -316,6 +316,7 @@ def print_run_table(run_dir: str | Path) -> None:
 
 
 def comma_list(values: list[str] | None) -> list[str]:
+    """The names of a flag that may be repeated and may hold several, separated by commas."""
     return [name.strip() for value in values or [] for name in value.split(",") if name.strip()]
 
 

@@ -23,7 +23,7 @@ from utils.report_plots import direction, mean_std, note, padded, read_accuracy,
 
 if TYPE_CHECKING:  # imported where used: --help must not wait for it
     import numpy as np
-    from pandas import DataFrame
+    from pandas import DataFrame, Series
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
 CURVES = ["faa", "faa_task_il", "loss", "uplink_mb"]  # columns of rounds.csv that are drawn
@@ -42,6 +42,12 @@ def _plain(value: object) -> object:
     if isinstance(value, list):
         return [_plain(v) for v in value]
     return value if value is None or isinstance(value, int) else text(value)
+
+
+def _one(values: Series) -> str:
+    """The value that a group's runs have in common."""
+    found = set(map(text, values))
+    return found.pop() if len(found) == 1 else "several"
 
 
 def _shared(dicts: list[dict[str, str]]) -> dict[str, str]:
@@ -80,7 +86,7 @@ def _unlearning(run_dir: Path) -> dict[str, list]:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         note(f"left out: cannot read {run_dir / 'unlearning.csv'} ({error})")
         return {}
-    return {"columns": header, "rows": [[_number(value) for value in row] for row in rows]}
+    return {"columns": header, "rows": [[_number(value) for value in row] for row in rows]} if header else {}
 
 
 def _number(value: str) -> object:
@@ -128,8 +134,8 @@ def collect(runs: DataFrame, metrics: list[str] | None = None, by: list[str] | N
         entry = {
             "name": name,
             "labels": [text(value) for value in label.values()],
-            "dataset": text(group["dataset"].iloc[0]) if group["dataset"].nunique() == 1 else "several",
-            "setting": text(group["setting"].iloc[0]) if "setting" in group else "-",
+            "dataset": _one(group["dataset"]),
+            "setting": _one(group["setting"]) if "setting" in group else "-",
             "args": {k: v for k, v in shared.items() if k not in everywhere},
             "values": {},
             "accuracy": {},

@@ -202,23 +202,26 @@ def plot(groups: list[tuple[dict[str, object], DataFrame]], path: Path, kind: st
 
 
 def row_names(labels: list[dict[str, object]]) -> list[str]:
-    """``model (setting=value)`` for each row, with as few settings as tell it from others of its model and dataset."""
-    peers: dict[tuple[str, str], list[dict[str, str]]] = {}
-    for label in labels:
-        shown = {key: text(value) for key, value in label.items()}
-        peers.setdefault((shown.get("model", "all"), shown.get("dataset", "")), []).append(shown)
+    """``model (setting=value)`` for each row, with few settings that tell it from others of its model and dataset."""
+    shown = [{key: text(value) for key, value in label.items()} for label in labels]
+    peers: dict[tuple[str | None, ...], list[dict[str, str]]] = {}
+    for row in shown:
+        peers.setdefault((row.get("model"), row.get("dataset")), []).append(row)
     telling = {}
     for key, rows in peers.items():
-        values = {name: {row[name] for row in rows} for name in rows[0] if name not in ("model", "dataset")}
-        alone = [name for name in values if len(values[name]) == len(rows) > 1]
-        telling[key] = alone[:1] or [name for name in values if len(values[name]) > 1]
+        left, chosen, told = [name for name in rows[0] if name not in ("model", "dataset")], [], 1
+        while told < len(rows) and left:  # the setting that tells most rows apart, then the one that adds most to it
+            counts = [len({tuple(row[name] for name in [*chosen, more]) for row in rows}) for more in left]
+            if max(counts) <= told:
+                break
+            told = max(counts)
+            chosen.append(left.pop(counts.index(told)))
+        telling[key] = chosen
     names = []
-    for label in labels:
-        key = text(label.get("model", "all")), text(label["dataset"]) if "dataset" in label else ""
-        settings = [f"{name}={text(label[name])}" for name in telling[key]]
-        if telling[key] == ["model_config"]:
-            settings = [text(label["model_config"])]
-        names.append(f"{key[0]} ({', '.join(settings)})" if settings else key[0])
+    for row in shown:
+        key = row.get("model"), row.get("dataset")
+        told = [row[name] if name == "model_config" else f"{name}={row[name]}" for name in telling[key]]
+        names.append((key[0] or "all") + (f" ({', '.join(told)})" if told else ""))
     return names
 
 
@@ -376,8 +379,8 @@ def _curves(figure: Figure | SubFigure, rows: list[tuple[str, np.ndarray]]) -> N
         x = np.arange(1, len(mean) + 1)
         ax.plot(x, mean, **style)
         ax.fill_between(x, mean - std, mean + std, color=style["color"], alpha=_faint(rows), lw=0)
-        last = np.flatnonzero(np.isfinite(mean))[-1]
-        ends.append((name, x[last], mean[last], style["color"]))
+        if len(known := np.flatnonzero(np.isfinite(mean))):
+            ends.append((name, x[known[-1]], mean[known[-1]], style["color"]))
     ax.set_xlabel(f"Tasks learned ({what})", fontsize=9)
     ax.set_ylabel("Accuracy on tasks seen so far (%)", fontsize=9)
     ax.set_xlim(0.75, n_tasks + 0.25)
@@ -398,8 +401,8 @@ def _draw_bytes(dataset: str, rows: list[tuple[str, np.ndarray]]) -> Figure:
         (x, y), dy = mean.T, std[:, 1]
         ax.plot(x, y, **{**style, "ms": 3.5, "markevery": max(1, len(x) // 12)})
         ax.fill_between(x, y - dy, y + dy, color=style["color"], alpha=_faint(rows), lw=0)
-        last = np.flatnonzero(np.isfinite(x) & np.isfinite(y))[-1]
-        ends.append((name, x[last], y[last], style["color"]))
+        if len(known := np.flatnonzero(np.isfinite(x) & np.isfinite(y))):
+            ends.append((name, x[known[-1]], y[known[-1]], style["color"]))
     _scale_bytes(ax, [x for _, x, _, _ in ends])
     ax.set_xlabel(f"Sent by the clients so far, MB ({what})", fontsize=9)
     ax.set_ylabel("Accuracy on tasks seen so far (%)", fontsize=9)
@@ -446,6 +449,7 @@ def _scale_bytes(ax: Axes, values: list[float]) -> None:
 
 
 def _finish(ax: Axes) -> None:
+    """What all axes have in common; no accuracy is above 100."""
     ax.tick_params(labelsize=8)
     ax.set_ylim(top=min(ax.get_ylim()[1], 101))
     ax.grid(alpha=0.25, lw=0.6)
@@ -473,6 +477,8 @@ def _name_ends(ax: Axes, ends: list[tuple[str, float, float, object]]) -> None:
     Args:
         ends: name, x, y and colour of each curve's last point.
     """
+    if not ends:
+        return
     root = ax.get_figure(root=True)
     root.draw_without_rendering()  # the layout settles how high the axes are
     height = ax.get_window_extent().height * 72 / root.dpi  # points
@@ -493,8 +499,8 @@ def _name_points(ax: Axes, points: list[tuple[str, float, float, float]], lines:
     room, px = ax.get_window_extent(), root.dpi / 72
     taken = []
     for name, y in lines:
-        line = ax.annotate(name, (0.01, y), xycoords=("axes fraction", "data"), xytext=(0, 3), fontsize=8, color="0.3",
-                           textcoords="offset points", in_layout=False)  # fmt: skip
+        above = {"xytext": (0, 3), "textcoords": "offset points", "in_layout": False}
+        line = ax.annotate(name, (0.01, y), xycoords=("axes fraction", "data"), **above, fontsize=8, color="0.3")
         taken.append(line.get_window_extent())
     for _, x, y, dy in points:  # the marker, and its error bar
         (left, middle), (_, low), (_, high) = ax.transData.transform([(x, y), (x, y - dy), (x, y + dy)])

@@ -374,6 +374,14 @@ def test_accuracy_over_bytes_is_the_mean_over_seeds(tmp_path, capsys, monkeypatc
 
 
 @pytest.mark.parametrize("kind", report_plots.KINDS)
+def test_what_was_never_evaluated_is_drawn_as_nothing(tmp_path, capsys, kind):
+    folder = write_run(tmp_path, "er", 0, matrix=np.full((2, 2), np.nan))
+    write_rounds(folder, [0, -1, "", 0.1, 5.0])
+    code, _, err = run(capsys, tmp_path, "--metric", "uplink_mb", "--plot", tmp_path / "x.png", "--kind", kind)
+    assert code == 0 and "wrote" in err
+
+
+@pytest.mark.parametrize("kind", report_plots.KINDS)
 def test_names_in_plots_do_not_overlap(tmp_path, capsys, monkeypatch, kind):
     """Twelve methods, most of which end within a point of each other."""
     from matplotlib.figure import Figure
@@ -421,7 +429,10 @@ def test_names_of_rows_are_as_short_as_they_can_be():
     assert names(one) == ["a"] and names(one, two) == ["a (head)", "a (lora)"]
     assert names(one, two | {"model_config": "head"}) == ["a (lr=0.1)", "a (lr=0.2)"]
     three = two | {"lr": 0.1}
-    assert names(one, two, three)[2] == "a (model_config=lora, lr=0.1)"
+    assert names(one, two, three) == ["a (head, lr=0.1)", "a (lora, lr=0.2)", "a (lora, lr=0.1)"]
+    b = {"model": "b", "model_config": "x", "lr": 9.0}
+    assert names(one, b, one) == ["a", "b", "a"]  # nothing to tell them apart by
+    assert report_plots.row_names([{"lr": 0.1}, {"lr": 0.2}]) == ["all (lr=0.1)", "all (lr=0.2)"]
 
 
 def test_table_of_one_run(tmp_path, capsys):
