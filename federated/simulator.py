@@ -14,7 +14,8 @@ from utils.training import Session
 
 
 def recorder(server, history: dict, when: tuple[int, int]) -> Callable:
-    """Keeps a round in ``history``: what was sent to be trained, what each client made of it, and its weight."""
+    """Keeps a round in ``history``: what was sent to be trained, what each client made of it, its weight, and the
+    running statistics that came with it."""
     start = {n: p.detach().cpu().clone() for n, p in server.trainable().items()}
 
     def watch(call: str, replies: list) -> None:
@@ -24,6 +25,7 @@ def recorder(server, history: dict, when: tuple[int, int]) -> Callable:
                 "start": start,
                 "updates": {r.client: {n: r[n].cpu() - t for n, t in start.items() if n in r} for r in replies},
                 "weights": dict(zip([r.client for r in replies], server.client_weights(replies))),
+                "running": {r.client: {n: r[n].cpu() for n in server.shared_buffers() if n in r} for r in replies},
             }
 
     return watch
@@ -65,8 +67,8 @@ def simulate(session: Session, worker, partition, checkpoint=None) -> None:
         tasks(session, engine, ledger, partition)
 
 
-def tasks(session: Session, engine, ledger: Ledger, partition) -> None:
-    """The loop over tasks and rounds, from the session's cursor on."""
+def tasks(session: Session, engine, ledger: Ledger, partition, until: tuple[int, int] | None = None) -> None:
+    """The loop over tasks and rounds, from the session's cursor on; ``until`` so many rounds of a task are done."""
     args, dataset, server, run = session.args, session.dataset, session.model, session.run
     traffic = Table(run.path / "traffic.csv", ledger.rows)
     history = session.restored.get("history") or ({} if args.unlearn_history else None)
@@ -118,6 +120,8 @@ def tasks(session: Session, engine, ledger: Ledger, partition) -> None:
                     else f"task {task + 1} round {r + 1}/{args.num_comm_rounds}"
                 )
             done(r + 2)
+            if (task, r + 1) == until:
+                return
         with session.training():
             set_random_seed(args.seed, "server", task, "end")
             server.end_rounds(group(ids))

@@ -29,6 +29,7 @@ import torch
 from datasets.utils.partition import Partition
 from federated.clients import Clients, Ledger
 from federated.engines import make_engine
+from unlearning import get_unlearner_class
 from utils import checkpoints
 from utils.args import UNLEARNING_FLAGS
 from utils.conf import set_random_seed
@@ -37,7 +38,7 @@ from utils.evaluate import EVAL_BATCH, evaluating
 from utils.loggers import Run, write_csv
 from utils.registry import scan
 from utils.training import Interrupted, Session
-from utils.unlearning_metrics import auc, distance, figures, lira, log_odds, report, same_mix, tpr_at
+from utils.unlearning_metrics import accuracy, auc, distance, figures, lira, log_odds, report, same_mix, tpr_at
 
 # ---------------------------------------------------------------- what is asked for
 
@@ -113,11 +114,22 @@ def check(args, cls: type) -> None:
         args.unlearn = "own"
     if args.unlearn == "own" and not own:
         raise UserError(f"--unlearn own: {args.model} has no way of its own to forget; choose from {ways}")
+    able = [w for w in scan("unlearning") if not getattr(cls, "TASK_VECTORS", False) or on_task_vectors(w)]
+    if args.unlearn not in ("own", *able):
+        raise UserError(
+            f"--unlearn {args.unlearn} acts on a network's own weights and loss, and {args.model} trains vectors added "
+            f"to a frozen network; choose from {', '.join((['own'] if own else []) + able)}"
+        )
     if args.joint == 0 and args.stop_after is not None:
         raise UserError("--unlearn_client needs a whole run: leave out --stop_after")
     if args.exclude_clients:
         raise UserError("--unlearn_client and --exclude_clients: who takes no part has nothing to be forgotten")
     requests(args)
+
+
+def on_task_vectors(way: str) -> bool:
+    """Whether a way to unlearn can act on vectors that are added to a frozen network."""
+    return get_unlearner_class(way).ON_TASK_VECTORS
 
 
 # ---------------------------------------------------------------- one model after another
@@ -127,14 +139,13 @@ class Stage:
     """A model in the making: built anew, brought to a checkpoint, taken on from there; nothing of the run is written.
 
     Args:
-        args: of the run. run: its folder, for messages. checkpoint: file.
+        args: of the run. run: its folder, for messages. checkpoint: file; None for a model that knows nothing yet.
 
     Attributes:
-        at: (task, rounds of it that were done) then. asked: copies of what is trained, as it was then.
-        seconds: spent on unlearning and recovery.
+        at: (task, rounds of it that were done) then. seconds: spent on unlearning and recovery.
     """
 
-    def __init__(self, args, run, checkpoint: Path) -> None:
+    def __init__(self, args, run, checkpoint: Path | None) -> None:
         import main
         from federated.simulator import Untouched
 
@@ -145,15 +156,16 @@ class Stage:
         self.session = Silent(self.args, self.dataset, self.model, Quiet(run), fresh)
         self.ledger, self.states = Ledger(), {}
         self.session.nets.append(self.worker.net)
-        self.session.resume(checkpoints.read(checkpoint), {"clients": Untouched(self.worker.fresh_state)})
-        self.ledger.load(self.session.restored["ledger"])
-        self.states.update(self.session.restored["clients"])
+        stored = checkpoints.read(checkpoint) if checkpoint else None
+        self.session.resume(stored, {"clients": Untouched(self.worker.fresh_state)})
         self.session.traffic = dict
+        if stored is not None:
+            self.ledger.load(self.session.restored["ledger"])
+            self.states.update(self.session.restored["clients"])
         history = self.session.restored.get("history")
         if history is not None:
             self.model._own_history = history
         self.seconds, self.at = 0.0, (self.session.cursor["task"], self.session.cursor["step"] - 1)
-        self.asked = {n: p.detach().cpu().clone() for n, p in self.model.trainable().items()}
         self._said: dict[tuple[int, bool], tuple[np.ndarray, np.ndarray]] = {}
 
     def engine(self):
@@ -184,17 +196,48 @@ class Stage:
             total = sum(kept["weights"].values())
             kept["weights"] = {k: w / total for k, w in kept["weights"].items()} if total else {}
 
+    def replay(self, who: Sequence[int], original: Stage) -> None:
+        """The training until the request once more, without the clients, by the rounds of a way with ``REPLAYS``."""
+        began = time.perf_counter()
+        self.args.unlearn_history = 0
+        if hasattr(original.model, "_own_history"):
+            known = original.model._own_history  # to which the rest of the run has added
+            self.model._own_history = {when: kept for when, kept in known.items() if when < original.at}
+        self.model.plan(list(who))
+        self.partition = self.partition.without(who)
+        self.finish(original.at)
+        self.seconds += time.perf_counter() - began
+
     def recover(self, rounds: int) -> None:
         """Rounds of those that are left."""
         with self.clients() as clients:
             self.model.more_rounds(clients, rounds, "recover")
 
-    def finish(self) -> None:
-        """What is left of the run, without those that are gone."""
+    def finish(self, until: tuple[int, int] | None = None) -> None:
+        """What is left of the run (until so many rounds of a task are done), without those that are gone."""
         from federated.simulator import tasks
 
         with self.engine() as engine:
-            tasks(self.session, engine, self.ledger, self.partition)
+            tasks(self.session, engine, self.ledger, self.partition, until)
+
+    def relearn(self, whole: Partition, who: Sequence[int], goal: float, most: int) -> int | None:
+        """Rounds of one epoch until clients that train alone have ``goal`` % on their images of the last task.
+
+        None: more than ``most``.
+        """
+        task = self.dataset.n_train_tasks - 1
+        mine = torch.cat([whole.indices(task, u) for u in who])
+        labels, self.partition = self.dataset.train_labels[mine].cpu().numpy(), whole
+        self.args.n_epochs, self.args.given = 1, {*self.args.given, "n_epochs"}
+        self.model._current_task = task  # which goes on
+        with self.engine() as engine:
+            group = Clients([u for u in who if len(whole.indices(task, u))], engine, self.ledger, task)
+            for done in range(most + 1 if len(group) else 0):
+                if accuracy(self.probabilities(mine, task, True), labels) >= goal:
+                    return done
+                self.model.more_rounds(group, int(done < most), "relearn")
+                self._said.clear()
+        return None
 
     @torch.no_grad()
     def probabilities(self, indices: torch.Tensor, task: int, train: bool) -> np.ndarray:
@@ -383,9 +426,12 @@ def forget_one(args, record, request, original: Stage) -> dict:
             "seconds": float(summaries[0]["train_seconds"]),
         }
     else:
-        made = Stage(args, record, start_of(record))
+        again = getattr(original.model, "REPLAYS", False)
+        made = Stage(args, record, None if again else start_of(record))
         up, down, known = made.ledger.uplink, made.ledger.downlink, len(made.ledger)
-        for step in request:
+        if again:  # who left first makes no difference
+            made.replay(who, original)
+        for step in () if again else request:
             made.forget(step)
         made.recover(args.recover_rounds)
         spent = {
@@ -422,7 +468,10 @@ def forget_one(args, record, request, original: Stage) -> dict:
     if Rs:
         row |= {f"R_{k}": v for k, v in figures(Rs[0], y).items()}
         row |= distances(made, original, golds) | shadows(V, y, Rs[1:])
-    return {**row, **bound(original, who), **spent}
+    row |= bound(original, who) | spent
+    if args.relearn_rounds:
+        row |= relearning(args, original, made, golds[0] if compare else None, who)
+    return row
 
 
 def rounds_of(rows: list[dict], training: Sequence[str]) -> int:
@@ -437,7 +486,21 @@ def bound(original: Stage, who: Sequence[int]) -> dict:
 
     history, (task, done) = getattr(original.model, "_own_history", {}), original.at
     rounds = [kept for (t, r), kept in sorted(history.items()) if t == task and r < done]
-    return {"bound": sensitivity(rounds, original.asked, list(who))[-1]} if rounds else {}
+    return {"bound": sensitivity(rounds, list(who))[-1]} if rounds else {}
+
+
+def relearning(args, original: Stage, made: Stage, gold: Stage | None, who: Sequence[int]) -> dict:
+    """relearn, R_relearn: rounds in which the clients bring V and R to what O has on their images of the last task.
+
+    The fewer V needs beside R, the more of them it has kept. Changes both models: nothing is measured afterwards.
+    """
+    whole, task = original.partition, original.dataset.n_train_tasks - 1
+    mine = torch.cat([whole.indices(task, u) for u in who])
+    labels = original.dataset.train_labels[mine].cpu().numpy()
+    goal = accuracy(original.probabilities(mine, task, True), labels)
+    stages = {"relearn": made, "R_relearn": gold} if gold is not None and gold is not made else {"relearn": made}
+    rounds = {n: stage.relearn(whole, who, goal, args.relearn_rounds) for n, stage in stages.items()}
+    return {"R_relearn": rounds["relearn"], **rounds} if gold is made else rounds
 
 
 def distances(made: Stage, original: Stage, golds: list[Stage]) -> dict:

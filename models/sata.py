@@ -43,7 +43,7 @@ from federated.message import Message
 from models.task_arithmetic import TaskArithmetic
 from models.utils.task_vectors import KEPT, combined
 from utils.args import flag01, number
-from utils.errors import UserError
+from utils.errors import RunError, UserError
 
 GRID = [i / 20 for i in range(21)]
 
@@ -113,6 +113,7 @@ class Sata(TaskArithmetic):
         super().__init__(backbone, loss, args, transform, dataset)
         # task -> client -> what is to be taken out, where the server keeps it: iota, or sum_t p_u D_u,t
         self.stored: dict[int, dict[int, dict[str, Tensor]]] = {}
+        self.sizes: dict[int, dict[int, int]] = {}  # task -> client -> n_k of those that took part
 
     def fresh_state(self) -> dict:
         return {"iso": {}}
@@ -125,6 +126,7 @@ class Sata(TaskArithmetic):
             weights = [1.0] * len(weights)
         steps = [{n: w * (r[n].to(p) - p.detach()) for n, p in current.items()} for r, w in zip(replies, weights)]
         for r, step in zip(replies, steps):
+            self.sizes.setdefault(self.current_task, {})[r.client] = int(r["n_samples"])
             vectors = self.stored.setdefault(self.current_task, {})
             if self.args.sata_source == "fed_history":
                 taus = {n.removeprefix("tau."): d for n, d in step.items()}
@@ -138,16 +140,16 @@ class Sata(TaskArithmetic):
     # ---------------------------------------------------------------- server: forgetting
 
     def unlearn(self, clients, who: Sequence[int]) -> None:
-        """tau' of every task so far, from one message of each leaving client.
+        """tau' of every task so far, from one message of each leaving client for each.
 
-        The others say how many samples they have, and with ``--sata_lambda val`` how many images are right.
+        The others are asked for nothing, but with ``--sata_lambda val`` how many images are right.
         """
         under_way = len(self.taus) == self.current_task  # the task's own vector is still in ``tau``
         vectors = [*self.taus, *([{n: p.detach().clone() for n, p in self.current_tau().items()}] if under_way else [])]
         taken: list[tuple[list[Vector], list[float]]] = []  # of each task: iota_u and p_u of those who leave
         for t in range(len(vectors)):
             of_task = clients.of_task(t)
-            sizes = {r.client: r["n_samples"] for r in of_task.call("size", Message({}))}
+            sizes = self.sizes.get(t, {})
             n = sum(sizes.values())
             leaving = [u for u in who if u in sizes]
             taken.append((self.isolated(of_task, leaving, t), [sizes[u] / n for u in leaving]))
@@ -165,13 +167,26 @@ class Sata(TaskArithmetic):
             p.data = vectors[-1][n].to(p)
         self.taus = vectors[: len(self.taus)]
         self._own_merged = None
-        self.stored = {t: {k: v for k, v in kept.items() if k not in who} for t, kept in self.stored.items()}
+        self.stored, self.sizes = (
+            {t: {k: v for k, v in kept.items() if k not in who} for t, kept in known.items()}
+            for known in (self.stored, self.sizes)
+        )
 
     def isolated(self, of_task, leaving: Sequence[int], task: int) -> list[Vector]:
-        """iota_u of the leaving clients for a task, or what stands for it."""
+        """iota_u of the leaving clients for a task, or what stands for it.
+
+        Raises:
+            RunError: a client does not answer that alone has its vector.
+        """
         if self.args.sata_source == "fed_history" or self.args.iso_custody == "server":
             return [self.stored.get(task, {}).get(u, self._own_lin.zeros()) for u in leaving]
-        replies = of_task.only(leaving).call("isolated_vector", Message({"rows": self.rows}))
+        replies = of_task.only(leaving).call("isolated_vector", Message({"rows": self.rows})) if leaving else []
+        lost = [str(u) for u in leaving if u not in [r.client for r in replies]]
+        if lost:
+            raise RunError(
+                f"client {', '.join(lost)} cannot be reached, and its isolated vector is nowhere else: ask again when "
+                "it can, or train with --iso_custody server or --sata_source fed_history"
+            )
         return [{n: v.to(self.device) for n, v in r.tensors("iso.").items()} for r in replies]
 
     def best_lambda(self, clients, who, vectors: list[Vector], iotas: list[Vector]) -> float:
@@ -198,10 +213,6 @@ class Sata(TaskArithmetic):
         return GRID[best]
 
     # ---------------------------------------------------------------- client
-
-    def size(self, message: Message, client) -> Message:
-        """How many samples the client trains on."""
-        return Message({}, n_samples=len(self.kept(client)[0]))
 
     def local_update(self, message: Message, client) -> Message:
         draws, everything = client.generator.get_state(), client.indices

@@ -75,6 +75,7 @@ class TaskArithmetic(FederatedModel):
     NAME = "task_arithmetic"
     COMPATIBILITY = ["class-il", "task-il"]
     SCALES_LOSS = False
+    TASK_VECTORS = True
     NEEDS_WEIGHTS: str | None = None  # why a method cannot work in the tangent
 
     @staticmethod
@@ -288,6 +289,16 @@ class TaskArithmetic(FederatedModel):
             return super().round(clients, r)
         for n, p in self.current_tau().items():
             p.data = self._own_given[self.current_task][n].to(p)
+
+    def more_rounds(self, clients, n: int, what: str) -> None:
+        """Once a task is over its vector is among ``taus``: rounds go on from there, and change it."""
+        over = len(self.taus) > self.current_task
+        for name, p in self.current_tau().items() if over else ():
+            p.data = self.taus[-1][name].to(p).clone()
+        super().more_rounds(clients, n, what)
+        if over:
+            self.taus[-1] = {name: p.detach().clone() for name, p in self.current_tau().items()}
+            self._own_merged = None
 
     def expanded(self, reply: Reply) -> Reply:
         """tau_k from the factors that a client sends with ``--lora_r``: means are of products, never of factors."""

@@ -7,6 +7,9 @@ METHODS=(
   "joint       | --model joint --model_config best | 0.0003 0.001 0.003"
   "er          | --model er --model_config best --fl | 0.0003 0.001 0.003"
   "derpp       | --model derpp --model_config best --fl | 0.0003 0.001 0.003"
+  "sgd         | --model sgd --fl | 0.0003 0.001 0.003"
+  "lwf         | --model lwf --fl | 0.0003 0.001 0.003"
+  "ewc_on      | --model ewc_on --fl | 0.0003 0.001 0.003"
   "full        | --model fedavg --fl | 0.0001 0.0003 0.001 0.003"
   "fedprox     | --model fedprox --fl | 0.0003 0.001 0.003"
   "scaffold    | --model scaffold --fl | 0.0003 0.001 0.003"
@@ -57,5 +60,6 @@ split_flags() {
 
 # run_all FILE: a command line each, JOBS at a time; a failing one is reported and the others go on
 run_all() {
-  xargs -P "$JOBS" -I{} bash -c '{} >/dev/null || echo "failed: {}" >&2' <"$1"
+  # one argument each: BSD's -I stops at 255 bytes
+  tr '\n' '\0' <"$1" | xargs -0 -n 1 -P "$JOBS" bash -c 'eval "$1" >/dev/null || echo "failed: $1" >&2' _
 }

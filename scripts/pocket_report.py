@@ -1,4 +1,4 @@
-"""The record of pocket runs, docs/pocket.csv, and the README's tables out of it.
+"""The record of pocket runs, docs/pocket.csv, and the tables of docs/pocket.md out of it.
 
     python scripts/pocket_report.py collect results/pocket      # add what scripts/pocket_table.sh has finished
     python scripts/pocket_report.py table --dataset seq-glyphs --beta 0.5 [--rows lorm livar] [--bias]
@@ -32,6 +32,9 @@ TITLES = {
     "joint": "joint, central (upper bound)",
     "er": "ER, private buffers of 200",
     "derpp": "DER++, private buffers of 200",
+    "sgd": "SGD, averaged",
+    "lwf": "LwF, averaged, private teachers",
+    "ewc_on": "online EWC, averaged, private Fisher",
     "full": "FedAvg, full",
     "fedprox": "FedProx, full, mu 0.01",
     "scaffold": "SCAFFOLD, full",

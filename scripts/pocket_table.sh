@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The pocket tables of the README: every method, three seeds, both data sets, Dirichlet 0.5 and 0.1.
+# The tables of docs/pocket.md on federated learning: every method, three seeds, both data sets, Dirichlet 0.5 and 0.1.
 # Runs that are finished are not run again; interrupted ones go on from their last task.
 #     bash scripts/pocket_table.sh    # SEEDS="0 1 2" DATASETS="seq-glyphs seq-digits" BETAS="0.5 0.1" ROWS="lorm dolfin" JOBS=2
 # MORE="--measure_federated_bias 1" adds flags to every run.

@@ -20,6 +20,7 @@ class Rig:
     """One experiment: its objects, and the ways to run all of it or a part."""
 
     def __init__(self, flags: str, folder):
+        self.flags, self.folder = flags, folder
         self.args = parse_args([*shlex.split(flags), "--results_path", str(folder)])
         self.dataset, self.model, self.worker, self.fresh_net = build(self.args)
         self.partition = Partition.make(self.dataset, self.args) if self.worker is not None else None

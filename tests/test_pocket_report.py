@@ -1,6 +1,7 @@
 """The record of pocket runs: what is in it, what replaces what, and the numbers of its tables."""
 
 import importlib.util
+import re
 import statistics
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 from tests.helpers import run
 from utils.errors import UserError
+from utils.registry import scan
 
 FILE = Path(__file__).resolve().parents[1] / "scripts" / "pocket_report.py"
 
@@ -65,3 +67,12 @@ def test_runs_of_no_row_are_refused(report, tmp_path):
     assert run([*argv, "--pretrained", "0"], tmp_path / "runs") == 0
     with pytest.raises(UserError, match="no row"):
         report.collect([tmp_path / "runs"])
+
+
+def test_every_method_is_in_the_suite():
+    """Whatever is in models/ is run by one of the scripts that scripts/pocket_suite.sh calls."""
+    scripts = FILE.parent
+    called = re.findall(r"bash scripts/(\w+\.sh)", (scripts / "pocket_suite.sh").read_text().partition("began=")[2])
+    assert len(called) == 4
+    text = "".join((scripts / name).read_text() for name in [*called, "pocket_methods.sh"])
+    assert set(re.findall(r"--model ([\w-]+)", text)) >= set(scan("models"))

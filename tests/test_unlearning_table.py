@@ -1,32 +1,67 @@
-"""The table of unlearning.csv files."""
+"""The record of requests to forget: what is in it, what replaces what, and the numbers of its tables."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import importlib.util
+from pathlib import Path
 
-from utils.loggers import write_csv
-from utils.registry import ROOT
+import pandas as pd
+import pytest
 
+from tests.helpers import run
+from utils.errors import UserError
 
-def table(folder):
-    command = [sys.executable, str(ROOT / "scripts" / "unlearning_table.py"), str(folder)]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
-def test_means_over_clients_and_seeds(tmp_path):
-    for seed, (a, b) in enumerate(((10.0, 20.0), (30.0, 40.0))):
-        (tmp_path / str(seed)).mkdir()
-        rows = [
-            {"dataset": "d", "beta": 0.5, "method": "noop", "FA": v, "relD": 1.0, "rounds": 0, "mb_up": 0.0}
-            for v in (a, b)
-        ]
-        write_csv(tmp_path / str(seed) / "unlearning.csv", rows)
-    done = table(tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "| d | 0.5 | noop | 4 | 25.0 ± 12.9 | 1.00 ± 0.00 | 0.0 | 0.0 |"
+FILE = Path(__file__).resolve().parents[1] / "scripts" / "unlearning_table.py"
 
 
-def test_nothing_there(tmp_path):
-    done = table(tmp_path)
-    assert done.returncode == 1 and done.stderr.startswith("error: no unlearning.csv below")
+@pytest.fixture
+def record(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("unlearning_table", FILE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "RECORD", tmp_path / "unlearning.csv")
+    return module
+
+
+def made(record, **given):
+    usual = {"dataset": "d", "tasks": "single", "K": 10, "beta": 0.5, "T": 3, "E": 2, "seed": 0, "client": "0"}
+    row = usual | {"method": "pga", "recover_rounds": 0, "R_FA": 50.0, "R_RA": 90.0, "R_TA": 80.0, "avg_gap": 1.0}
+    return {c: (row | given).get(c) for c in record.COLUMNS}
+
+
+def test_requests_of_a_real_run(record, tmp_path):
+    argv = "--model fedavg --dataset seq-digits --backbone mnistmlp --joint 1 --fl --num_clients 4 --num_comm_rounds 1"
+    argv += " --device cpu --n_epochs 1 --unlearn noop --unlearn_client 1 2+3"
+    assert run(argv.split(), tmp_path / "runs") == 0
+    rows = record.collect([str(tmp_path / "runs")])
+    assert list(rows["client"]) == ["1", "2+3"] and set(rows["tasks"]) == {"single"}
+    assert rows["command"].str.contains("--joint 1").all() and (rows["FA"] == rows["O_FA"]).all()
+    rows.to_csv(record.RECORD, index=False)
+    assert len(record.collect([str(tmp_path / "runs")])) == 2  # the same requests again
+
+
+def test_means_gaps_and_rebound(record):
+    rows = [
+        made(record, client="0", FA=40.0, RA=91.0, TA=80.0),
+        made(record, client="3", FA=60.0, RA=91.0, TA=80.0),
+        made(record, client="0", FA=55.0, RA=91.0, TA=80.0, recover_rounds=1, avg_gap=0.5),
+        made(
+            record,
+            client="0",
+            FA=50.0,
+            RA=90.0,
+            TA=80.0,
+            method="sata",
+            sata_lambda="p",
+            sata_renorm=1.0,
+            regime="full",
+        ),
+    ]
+    pd.DataFrame(rows).to_csv(record.RECORD, index=False)
+    said = record.table("d", "single", 0.5).splitlines()
+    assert said[2].startswith("| pga, 1 more | 1 | 0.5 | 55.0 | 5.0 | 91.0 | 1.0 |") and "| 15.0 |" in said[2]
+    assert said[3].startswith("| pga | 2 | 1.0 ± 0.0 | 50.0 ± 14.1 | 10.0 ± 0.0 |")
+    assert said[4].startswith("| sata, full, exact1 | 1 |")
+    assert "retrained: forgotten 50.0 ± 0.0, retained 90.0 ± 0.0" in "\n".join(said)
+    with pytest.raises(UserError, match="nothing of d, continual"):
+        record.table("d", "continual", 0.5)

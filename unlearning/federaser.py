@@ -3,8 +3,8 @@
 
     U~_k = |U_k| / |u_k| u_k        U_k: the client's stored update, u_k: a few epochs from where the replay stands
 
-Every ``--federaser_interval``-th round of the task is replayed from where it began; the first takes the stored updates
-as they are. Norms are of a client's whole update (``vector``) or of each tensor (``layer``).
+Of every task each ``--federaser_interval``-th round is replayed; the first of all takes the stored updates as they are.
+Norms are of a client's whole update (``vector``) or of each tensor (``layer``).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from utils.args import number
 
 class FedEraser(Unlearner):
     NAME = "federaser"
+    REPLAYS = True
 
     @staticmethod
     def get_parser(parser):
@@ -27,28 +28,21 @@ class FedEraser(Unlearner):
         add("--federaser_norm", choices=("vector", "layer"), default="vector", help="what is made as long as it was")
         return parser
 
-    def unlearn(self, clients, who: list[int]) -> None:
-        rounds = self.rounds_of(self.current_task)
-        theta = {n: t.to(p) for (n, t), p in zip(rounds[0][1]["start"].items(), self.trainable().values())}
-        for i, (_, kept) in enumerate(rounds[:: self.args.federaser_interval]):
-            stay = {k: u for k, u in kept["updates"].items() if k not in who}
-            total = sum(kept["weights"][k] for k in stay)
-            if not stay:
-                continue
-            self.set_trained(theta)
-            updates = stay
-            if i > 0:
-                message = Message({**self.broadcast()}, epochs=self.args.federaser_epochs)
-                replies = [self.expanded(r) for r in clients.only(stay).call("for_epochs", message)]
-                updates = {
-                    r.client: self.as_long({n: r[n].to(t) - t for n, t in theta.items()}, stay[r.client])
-                    for r in replies
-                }
-            theta = {
-                n: t + sum(kept["weights"][k] / total * u[n].to(t) for k, u in updates.items())
-                for n, t in theta.items()
+    def replayed_round(self, clients, r: int, kept: dict) -> None:
+        stored = {k: u for k, u in kept["updates"].items() if k not in self._own_left}
+        if r % self.args.federaser_interval or not stored:
+            return
+        theta, updates, running = self.trained(), stored, kept["running"]
+        if (self.current_task, r) != min(self.history):
+            message = Message({**self.broadcast()}, epochs=self.args.federaser_epochs)
+            group = clients.of_task(self.current_task).only(stored)  # whoever would be drawn now
+            replies = [self.expanded(reply) for reply in group.call("for_epochs", message)]
+            updates = {
+                reply.client: self.as_long({n: reply[n].to(t) - t for n, t in theta.items()}, stored[reply.client])
+                for reply in replies
             }
-        self.set_trained(theta)
+            running = {reply.client: {n: reply[n] for n in self.shared_buffers()} for reply in replies}
+        self.add_updates(theta, updates, kept["weights"], running)
 
     def as_long(self, fresh: dict[str, torch.Tensor], stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """A fresh update with the length of the stored one."""

@@ -24,6 +24,7 @@ def quiet(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 class FedQUIT(Unlearner):
     NAME = "fedquit"
+    ON_TASK_VECTORS = False
     TRAINING = (*Unlearner.TRAINING, "distil_quiet")
 
     @staticmethod

@@ -23,6 +23,7 @@ from utils.errors import UserError
 
 class Fused(Unlearner):
     NAME = "fused"
+    ON_TASK_VECTORS = False
 
     @staticmethod
     def get_parser(parser):
@@ -43,14 +44,14 @@ class Fused(Unlearner):
         """Names of linear layers, the one that the clients have changed most first."""
         change: dict[str, float] = {}
         for u in who:
-            kept = [k for _, k in self.rounds_of(self.current_task) if u in k["updates"]]
+            kept = [k for _, k in sorted(self.history.items()) if u in k["updates"]]
             for name, d in kept[-1]["updates"][u].items() if kept else ():
                 layer, _, key = name.rpartition(".")
                 if key == "weight" and isinstance(self.net.get_submodule(layer), nn.Linear):
                     ratio = float(d.norm() / kept[-1]["start"][name].norm().clamp(min=1e-12))
                     change[layer] = change.get(layer, 0.0) + ratio
         if not change:
-            raise UserError(f"--unlearn fused: no update of client {', '.join(map(str, who))} is known in this task")
+            raise UserError(f"--unlearn fused: no update of client {', '.join(map(str, who))} is known")
         return sorted(change, key=change.get, reverse=True)[: self.args.fused_layers]
 
     def graft(self, layers: str) -> None:

@@ -13,6 +13,7 @@ from utils.errors import UserError
 
 class NoT(Unlearner):
     NAME = "not"
+    ON_TASK_VECTORS = False
 
     @staticmethod
     def get_parser(parser):

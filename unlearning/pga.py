@@ -23,6 +23,7 @@ from utils.unlearning_metrics import distance
 
 class PGA(Unlearner):
     NAME = "pga"
+    ON_TASK_VECTORS = False
     TRAINING = (*Unlearner.TRAINING, "ascend")
 
     @staticmethod

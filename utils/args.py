@@ -23,7 +23,15 @@ from utils.registry import ROOT, find, normal, scan
 
 RAY_FLAGS = ("num_gpus", "workers", "ray_address", "allow_missing_clients")
 # of what happens to a trained model when clients ask to be forgotten
-UNLEARNING_FLAGS = ("unlearn", "unlearn_client", "unlearn_at", "recover_rounds", "eval_retrain", "retrain_seeds")
+UNLEARNING_FLAGS = (
+    "unlearn",
+    "unlearn_client",
+    "unlearn_at",
+    "recover_rounds",
+    "eval_retrain",
+    "retrain_seeds",
+    "relearn_rounds",
+)
 FEDERATED_FLAGS = (
     "num_clients",
     "num_comm_rounds",
@@ -213,6 +221,12 @@ def add_general_args(parser: ArgumentParser) -> None:
         help="1: train without the clients from the start, once, and compare",
     )
     g.add_argument("--retrain_seeds", type=positive, default=1, help="so many times, for the noise between seeds")
+    g.add_argument(
+        "--relearn_rounds",
+        type=count,
+        default=0,
+        help="at most so many epochs alone bring the clients back to what they had: how many are needed (0: not asked)",
+    )
     g.add_argument(
         "--exclude_clients", type=count, nargs="+", default=None, help="clients that take no part from the start"
     )

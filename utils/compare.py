@@ -345,10 +345,16 @@ def main(argv: list[str] | None = None) -> int:
         "what clients have sent so far (bytes), final accuracy against what they sent (tradeoff)",
     )
     add("--output", metavar="FILE", help="write the table there instead of printing it")
+    add("--paper", help="what a paper has published beside these runs (reproduce/<paper>.yaml)")
     args = parser.parse_args(argv)
     try:
-        runs = load_runs(args.results, unfinished=args.all)
-        result = table(runs, comma_list(args.metric), comma_list(args.by), args.sort, args.baseline)
+        if args.paper:
+            from utils.ledger import report
+
+            result = report(args)
+        else:
+            runs = load_runs(args.results, unfinished=args.all)
+            result = table(runs, comma_list(args.metric), comma_list(args.by), args.sort, args.baseline)
         if args.output:
             Path(args.output).write_text(render(result, args.format), "utf-8")
             note(f"wrote {args.output}")

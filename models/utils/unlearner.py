@@ -5,10 +5,16 @@ that own samples of the current task, those in ``who`` among them. It brings the
 calling client halves (methods of the same class, as everywhere) and, where it trains, by ``more_rounds`` of the
 ``rest``.
 Afterwards the leaving clients are gone. What the simulator keeps of past rounds (``--unlearn_history``) is
-``self.history``: {(task, round): {"start", "updates", "weights"}}, tensors by the names of ``trainable``.
+``self.history``: {(task, round): {"start", "updates", "weights", "running"}}, tensors by the names of ``trainable``,
+the last those of ``shared_buffers`` as each client sent them.
 
-These are ways for methods whose server learns by averaging what clients train, and nothing else; they act on the
-tensors trained in the current task, ``history`` on those of tasks before as well.
+A way with ``REPLAYS`` goes through the training again instead, from its beginning and without the leaving clients:
+after ``plan(who)`` the simulator runs all tasks up to the moment of the request, with ``replayed_round`` in place of
+``round`` wherever a round is known.
+
+These are ways for methods whose server learns by averaging what clients train, and nothing else. Those that act on the
+model as it is act on the tensors trained in the current task and, where they ask a client for its images, on those of
+the current task, as clients keep none of tasks that are over; ``history`` acts on all tasks, and so do replays.
 """
 
 from __future__ import annotations
@@ -24,6 +30,8 @@ class Unlearner(FederatedModel):
     """Base class of mix-ins; defines what they share."""
 
     TRAINING = ("local_update", "for_epochs")  # client halves that count as rounds
+    REPLAYS = False
+    ON_TASK_VECTORS = True  # whether it can act on vectors that are added to a frozen network
 
     @staticmethod
     def get_parser(parser):
@@ -32,6 +40,25 @@ class Unlearner(FederatedModel):
     def unlearn(self, clients, who: list[int]) -> None:
         """Make the server forget the clients ``who``."""
         raise NotImplementedError
+
+    def plan(self, who: list[int]) -> None:
+        """What a way with ``REPLAYS`` decides before training is gone through again; ``history`` is whole."""
+        self._own_left = set(who)
+
+    def replayed_round(self, clients, r: int, kept: dict) -> None:
+        """A round of a way with ``REPLAYS``; ``clients`` without those who left, ``kept`` what is known of it."""
+        raise NotImplementedError
+
+    def round(self, clients, r: int) -> None:
+        kept = None if getattr(self, "_own_left", None) is None else self.history.get((self.current_task, r))
+        if kept is None:
+            self.method_round(clients, r)
+        else:
+            self.replayed_round(clients, r, kept)
+
+    def method_round(self, clients, r: int) -> None:
+        """A round of the method that has trained the model."""
+        super().round(clients, r)
 
     # ---------------------------------------------------------------- for those who write one
 
@@ -53,6 +80,18 @@ class Unlearner(FederatedModel):
     def rounds_of(self, task: int) -> list[tuple[int, dict]]:
         """The rounds of a task that are known, in order."""
         return [(r, kept) for (t, r), kept in sorted(self.history.items()) if t == task]
+
+    def add_updates(self, start, updates: dict, weights: dict, running: dict) -> None:
+        """theta = start + sum_k p_k u_k over the clients of ``updates``, with the mean of their running statistics.
+
+        Args:
+            start: {name: tensor}. updates, running: {client: {name: tensor}}. weights: p_k by client, of any sum.
+        """
+        p = {k: weights[k] / sum(weights[j] for j in updates) for k in updates}
+        theta = {n: t + sum(p[k] * u[n].to(t) for k, u in updates.items()) for n, t in start.items()}
+        self.set_trained(theta)
+        for n, b in self.shared_buffers().items():
+            b.data = sum(p[k] * running[k][n].to(b) for k in updates)
 
     @staticmethod
     def rest(clients, who: list[int]):

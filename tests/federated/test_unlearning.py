@@ -10,8 +10,10 @@ import pytest
 import torch
 
 import main
+from federated.engines.serial import SerialEngine
 from federated.unlearning import request_name, request_point, requests, samples
 from tests.helpers import rows
+from tests.rig import Rig
 from unlearning.fedquit import quiet
 from unlearning.sifu import sensitivity
 from utils.args import parse_args
@@ -87,6 +89,10 @@ def test_settings_that_do_not_go_together():
 
             Partition.make(get_dataset(args), args)
             request_point(args, 1)
+    for way in ("pga", "fedquit", "not", "fused"):
+        for model, others in (("sata", "own, federaser"), ("tak", "choose from federaser")):
+            with pytest.raises(UserError, match=f"{model} trains vectors added to a frozen network.*{others}"):
+                parse_args(shlex.split(f"--model {model} --dataset seq-digits --fl --unlearn {way} --unlearn_client 1"))
     with pytest.raises(UserError, match="--fl"):
         parse_args(shlex.split("--model ser --dataset seq-digits --unlearn noop --unlearn_client 1"))
 
@@ -171,6 +177,66 @@ def test_one_round_of_history_is_undone_exactly(run):
     assert float(row["relD"]) < 1e-5 and float(row["kl_f"]) < 1e-6 and row["agree_test"] == "100.0"
 
 
+def test_replays_go_through_all_tasks(run, monkeypatch):
+    """FedEraser asks the others once per task and interval, and says nothing to the client; rounds after the request
+    are ordinary ones."""
+    asked, plain = [], SerialEngine.run
+
+    def watch(self, call, message, ids, task, round_):
+        asked.append((call, task, round_, tuple(ids)))
+        return plain(self, call, message, ids, task, round_)
+
+    tasks = f"{BASE.replace('--joint 1', '')} {FAST} --n_epochs 1"
+    run("--unlearn noop --unlearn_client 1 --unlearn_at 3:1", base=tasks)
+    monkeypatch.setattr(SerialEngine, "run", watch)
+    row = run("--unlearn federaser --unlearn_client 1 --unlearn_at 3:1 --federaser_interval 1", base=tasks)[1]
+    replay = asked[[a[0] for a in asked].index("for_epochs") :]
+    rest = (0, 2, 3)
+    assert replay == [
+        *[("for_epochs", t, r, rest) for t, r in ((0, 1), (1, 0), (1, 1), (2, 0))],
+        *[("local_update", t, r, rest) for t, r in ((2, 1), (3, 0), (3, 1), (4, 0), (4, 1))],
+    ]
+    assert row["rounds"] == "4" and float(row["TA"]) > 10
+
+
+def test_running_statistics_are_replayed_too(rig, nano):
+    """With batch norms, all rounds as they were give the model as it is, statistics and all."""
+    from federated.simulator import recorder
+
+    flags = "--model fedavg --dataset seq-digits --backbone resnet-pocket --joint 1 --fl --num_clients 3"
+    flags += " --num_comm_rounds 2 --unlearn sifu --unlearn_client 1 --debug_mode 1 --sifu_sigma 0 --device cpu"
+    done = rig(flags, "")
+    history = {}
+    done.begin(0)
+    for k in range(2):
+        group = done.clients(0, k)
+        group._watch = recorder(done.model, history, (0, k))
+        done.model.round(group, k)
+    done.model._own_history = history
+    again = Rig(done.flags, done.folder)
+    again.model._own_history = history
+    again.model.plan([1])
+    again.model._own_back = 2
+    again.begin(0)
+    for k in range(2):
+        again.round(0, k)
+    assert any("running_mean" in n for n in done.model.shared_buffers())
+    for n, t in done.weights.items():
+        torch.testing.assert_close(again.weights[n], t, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_gone_takes_as_long_to_learn_as_at_first(run):
+    """Nothing done, nothing to learn; classes that only the client had take as long as after retraining."""
+    alone = f"{BASE} {FAST} --partition_mode quantity --class_quantity 3 --relearn_rounds 30"
+    noop = run("--unlearn noop --unlearn_client 1 --eval_retrain", base=alone)[0]
+    assert noop["relearn"] == "0" and int(noop["R_relearn"]) > 0
+    gold = run("--unlearn retrain --unlearn_client 1 --eval_retrain", base=alone)[1]
+    assert gold["relearn"] == gold["R_relearn"] == noop["R_relearn"]
+    assert gold["FA"] == gold["R_FA"]
+    short = run("--unlearn retrain --unlearn_client 1 --eval_retrain --relearn_rounds 1", base=alone)[2]
+    assert short["relearn"] == "" or int(short["relearn"]) <= 1
+
+
 def test_history_in_either_order(run):
     table = run("--unlearn history --unlearn_client 2+3 2,3 3,2")
     for k in ("FA", "RA", "TA"):
@@ -216,6 +282,18 @@ def made(rig):
     return make
 
 
+def replayed(done, rounds=2):
+    """The same experiment from its beginning, by the rounds of a way that goes through it again without client 1."""
+    r = Rig(done.flags, done.folder)
+    r.model._own_history = done.model._own_history
+    r.model.plan([1])
+    r.partition = r.partition.without([1])
+    r.begin(0)
+    for k in range(rounds):
+        r.round(0, k)
+    return r
+
+
 def test_history_adds_up_to_the_model(made):
     r = made("history")
     theta, (first, second) = r.model.trained(), (kept for _, kept in r.model.rounds_of(0))
@@ -246,7 +324,7 @@ def test_the_ascent_stays_in_its_ball(made, wire):
 def test_fresh_updates_are_as_long_as_the_old_ones(made, wire, norm):
     r = made("federaser", f"--federaser_interval 1 --federaser_norm {norm}")
     (_, first), (_, second) = r.model.rounds_of(0)
-    r.model.unlearn(r.clients(0), [1])
+    r = replayed(r)
     replies = {w.client: w for w in wire if w.call == "for_epochs"}
     assert set(replies) == {0, 2, 3}
     got, total = r.model.trained(), sum(second["weights"][k] for k in replies)
@@ -285,7 +363,7 @@ def test_updates_of_low_rank_are_kept_and_replayed_as_products(rig, nano, wire):
             name = n.removeprefix("tau.")
             torch.testing.assert_close(u, reply[f"B.{name}"] @ reply[f"A.{name}"], rtol=1e-4, atol=1e-6)
     r.model._own_history = history
-    r.model.unlearn(r.clients(0), [1])
+    r = replayed(r)
     second, replies = history[0, 1], {w.client: w.reply for w in wire if w.call == "for_epochs"}
     want, total = {}, sum(second["weights"][k] for k in (0, 2))
     for n, t in history[0, 0]["start"].items():
@@ -316,7 +394,7 @@ def test_sensitivity_bounds_what_a_client_has_moved():
             }
         )
         theta = theta + sum(u.numpy() for u in updates.values()) / 5
-    psi = sensitivity(rounds, {"t": torch.tensor(theta)}, [0])
+    psi = sensitivity(rounds, [0])
     assert psi[0] == 0 and psi == sorted(psi) and len(psi) == 7
     for t in range(1, 7):
         gap = np.linalg.norm(fed.run(t)[0] - fed.run(t, [0])[0])
@@ -324,22 +402,27 @@ def test_sensitivity_bounds_what_a_client_has_moved():
     first = rounds[0]["updates"]
     alone = sum(u["t"] for u in first.values()) / 5 - first[0]["t"]
     assert psi[1] == pytest.approx(0.25 * float(alone.norm()))
-    assert sensitivity(rounds, {"t": torch.tensor(theta)}, [0], 0.0)[-1] < psi[-1]
+    assert sensitivity(rounds, [0], 0.0)[-1] < psi[-1]
 
 
-def test_back_to_a_model_the_client_has_not_touched(made):
-    """Without room for any sensitivity: the start of the task, noise, and as many rounds of the others."""
-    r = made("sifu", "--sifu_sigma 0.0")
-    start, seen = r.model.rounds_of(0)[0][1]["start"], []
-    r.model.more_rounds = lambda clients, n, what: seen.append((clients.ids, n))
-    r.model.unlearn(r.clients(0), [1])
-    assert seen == [([0, 2, 3], 2)] and all(torch.equal(t, start[n]) for n, t in r.model.trained().items())
-    far = made("sifu", "--sifu_sigma 1.0 --sifu_eps 1000000")  # room for everything: noise on the last model
-    theta, seen = far.model.trained(), []
-    far.model.more_rounds = lambda clients, n, what: seen.append(n)
-    far.model.unlearn(far.clients(0), [1])
-    moved = torch.cat([(t - theta[n]).flatten() for n, t in far.model.trained().items()])
-    assert seen == [0] and float(moved.std()) == pytest.approx(1.0, rel=0.05)
+def test_back_to_a_model_the_client_has_not_touched(run):
+    """Without room for any sensitivity SIFU is retraining, with room for everything the model as it is; then noise."""
+    tasks = f"{BASE.replace('--joint 1', '')} {FAST} --n_epochs 1"
+    ask = "--unlearn sifu --unlearn_client 1 --eval_retrain --sifu_sigma"
+    none = run(f"{ask} 0", base=tasks)[0]
+    assert float(none["relD"]) < 1e-6 and float(none["kl_r"]) < 1e-9 and none["rounds"] == "10"
+    whole = run(f"{ask} 1e-12 --sifu_eps 1e30", base=tasks)[1]
+    assert float(whole["relD"]) == pytest.approx(1, abs=1e-4) and whole["rounds"] == "0"
+    assert [whole[k] for k in ("FA", "RA", "TA")] == [whole[f"O_{k}"] for k in ("FA", "RA", "TA")]
+    some = run(f"{ask} 1e-12 --sifu_eps {float(whole['bound']) * 4e12}", base=tasks)[2]  # psi* between the two
+    assert 0 < int(some["rounds"]) < 10 and float(some["relD"]) > 0
+
+
+def test_noise_comes_once(made):
+    r = replayed(made("sifu", "--sifu_sigma 0.5 --sifu_eps 1000000"))
+    theta = made("history").model.trained()
+    moved = torch.cat([(t - theta[n]).flatten() for n, t in r.model.trained().items()])
+    assert float(moved.std()) == pytest.approx(0.5, rel=0.05)
 
 
 def test_knowledge_is_written_over_and_can_be_brought_back(made, wire):

@@ -9,8 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from federated.engines.base import LOST
+from federated.engines.serial import SerialEngine
 from models.sata import GRID, projection, removed
-from utils.errors import UserError
+from utils.errors import RunError, UserError
 
 NET = "--dataset seq-digits --backbone vit-pocket --pretrained 0 --device cpu --fl --num_clients 3"
 SHORT = "--n_epochs 1 --batch_size 16 --lr 0.01 --optimizer adamw --warmup 3 --debug_mode 1"
@@ -294,6 +296,67 @@ def test_tasks_that_are_over_are_cleaned_too(make):
     forget(r, 1, task=1)
     close(r.model.taus[0], removed(first, [iso[0]], [1.0]))
     close(tau(r), removed(second, [iso[1]], [1.0]))
+
+
+def test_a_client_without_samples_in_a_task(make):
+    """Only the task it had images of changes, and shares of the other do not count it."""
+    r = make("--preset exact1 --alpha_share 0")
+    r.partition.tasks[1][1] = r.partition.tasks[1][1][:0]
+    trained(r, tasks=2)
+    taus, second = copy.deepcopy(r.model.taus), tau(r)
+    sizes, iota = dict(enumerate(r.partition.sizes(0))), copy.deepcopy(r.states[1]["iso"])
+    assert set(iota) == {0} and set(r.model.sizes[1]) == {0, 2}
+    forget(r, 1, task=1)
+    p = sizes[1] / sum(sizes.values())
+    close(r.model.taus[0], removed(taus[0], [iota[0]], [p], [p], 1.0), 1e-5)
+    close(tau(r), second, 0)
+
+
+def lose(monkeypatch, call, *who):
+    """The engine gets no answer of some clients to a call."""
+    plain = SerialEngine.run
+
+    def run(self, name, message, ids, task, round_):
+        for client, reply in plain(self, name, message, ids, task, round_):
+            yield client, LOST if name == call and client in who else reply
+
+    monkeypatch.setattr(SerialEngine, "run", run)
+
+
+def test_clients_that_are_lost_during_the_request(make, monkeypatch):
+    """Those that stay are not needed; of one that leaves without its vector nothing is guessed."""
+    r = trained(make("--preset exact1"))
+    before, iota, n = tau(r), copy.deepcopy(r.states[1]["iso"][0]), r.partition.sizes(0)
+    p = r.model.sizes[0][1] / sum(r.model.sizes[0].values())
+    r.partition.tasks[0][0] = r.partition.tasks[0][0][:0]  # client 0 does not answer to anything any more
+    close(forget(r, 1), removed(before, [iota], [p], [p], 1.0), 1e-5)
+    assert len(n) == 3
+    r = trained(make("--preset exact1 --sata_head 0"))
+    before = tau(r)
+    with monkeypatch.context() as m:
+        lose(m, "isolated_vector", 1)
+        with pytest.raises(RunError, match="client 1 cannot be reached"):
+            forget(r, 1, 2)
+        with pytest.raises(RunError, match="no client is left .*isolated_vector"):
+            forget(r, 1)
+        close(tau(r), before, 0)  # as if nothing had been asked
+        kept = trained(make("--preset exact1 --sata_head 0 --iso_custody server"))
+        close(forget(kept, 1), removed(before, [iota], [p], [p], 1.0), 1e-5)
+
+
+def test_rounds_after_the_last_change_its_vector(make):
+    """A client that trains on once all is over, as when it learns again what was forgotten."""
+    r = trained(make("--alpha_share 0"), tasks=2)
+    r.end(1)
+    first, second, x = copy.deepcopy(r.model.taus[0]), copy.deepcopy(r.model.taus[1]), torch.rand(4, 1, 28, 28)
+    forget(r, 1, task=1)
+    gone = copy.deepcopy(r.model.taus[1])
+    said = r.model(x)
+    r.model._current_task = 1
+    r.model.more_rounds(r.clients(1, ids=[1]), 1, "relearn")
+    assert not torch.allclose(r.model(x), said)
+    close(r.model.taus[0], removed(first, [r.states[1]["iso"][0]], [1.0]), 1e-5)
+    assert all(n in second and not torch.equal(t, gone[n]) for n, t in r.model.taus[1].items() if t.abs().sum() > 0)
 
 
 def test_mistakes(make):

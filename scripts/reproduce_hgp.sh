@@ -1,0 +1,3 @@
+#!/usr/bin/env bash
+# bash scripts/reproduce_hgp.sh [--dry-run]    # see scripts/reproduce.sh
+exec bash "$(dirname "$0")/reproduce.sh" hgp "$@"
