@@ -340,14 +340,15 @@ def main(argv: list[str] | None = None) -> int:
     add(
         "--kind",
         choices=tuple(KINDS),
-        default="overview",
-        help="of plot: accuracy while learning (tasks), accuracy matrices (matrix), both (overview), accuracy over "
-        "what clients have sent so far (bytes), final accuracy against what they sent (tradeoff)",
+        help="of plot: accuracy while learning (tasks), accuracy matrices (matrix), both (overview, the default), "
+        "accuracy over what clients have sent so far (bytes), final accuracy against what they sent (tradeoff)",
     )
     add("--output", metavar="FILE", help="write the table there instead of printing it")
     add("--paper", help="what a paper has published beside these runs (reproduce/<paper>.yaml)")
     args = parser.parse_args(argv)
     try:
+        if args.kind and not args.plot:
+            raise UserError("--kind says what --plot draws: add --plot FILE.png")
         if args.paper:
             from utils.ledger import report
 
@@ -364,7 +365,7 @@ def main(argv: list[str] | None = None) -> int:
                 shown = shown.replace("±", "+/-").encode(encoding, "ignore").decode(encoding)
             print(shown, end="")
         if args.plot:
-            for path in plot(groups(runs, comma_list(args.by)), Path(args.plot), args.kind):
+            for path in plot(groups(runs, comma_list(args.by)), Path(args.plot), args.kind or "overview"):
                 note(f"wrote {path}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

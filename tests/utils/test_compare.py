@@ -259,6 +259,7 @@ def test_unknown_names_are_one_line_and_exit_code_2(results, capsys):
         (["--baseline", "model=fedavg,lr=0.3"], "no row is 'model=fedavg,lr=0.3' alone; choose from dataset="),
         (["--baseline", "model=dolfin,rate=0.3"], "no setting 'rate'"),
         (["--by", "backbone", "--baseline", "fedavg"], "no row is 'fedavg' alone; choose from backbone=mlp"),
+        (["--kind", "bytes"], "add --plot"),
         (["--plot", "x.xyz"], "end the name in"),
         (["--plot", "x.png"], "none of these runs has an accuracy.csv"),
         (["--plot", "x.png", "--kind", "bytes"], "none of these runs has a rounds.csv"),
