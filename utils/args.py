@@ -332,7 +332,7 @@ def add_experiment_args(parser: ArgumentParser) -> None:
     """Part of old Mammoth method files; the general flags already hold these."""
 
 
-def _method_parser(cls: type, parser: ArgumentParser) -> None:
+def add_method_args(cls: type, parser: ArgumentParser) -> None:
     """Add the method's own flags. Mammoth has had two styles: ``get_parser(parser)`` and ``get_parser()``."""
     get = getattr(cls, "get_parser", None)
     if get is None:
@@ -532,13 +532,13 @@ def parse_args(argv: list[str] | dict | None = None) -> Namespace:
     from models import get_model_class  # from here on the method's own file is needed, and PyTorch with it
 
     cls = get_model_class(model)
-    _method_parser(cls, parser)
+    add_method_args(cls, parser)
     unlearn, unlearner = _peek(argv, "--unlearn"), None
     if unlearn not in (None, "own"):
         from unlearning import get_unlearner_class
 
         unlearner = get_unlearner_class(unlearn)
-        _method_parser(unlearner, parser)
+        add_method_args(unlearner, parser)
     backbone = _peek(argv, "--backbone", "--network")
     if dataset is not None:
         dataset = find("datasets", dataset, "dataset")[0]

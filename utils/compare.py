@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.errors import UserError, nearest
-from utils.report_plots import aligned, direction, note, number, plot, read_accuracy, render, text
+from utils.report_plots import KINDS, aligned, direction, note, number, plot, read_accuracy, render, text
 
 if TYPE_CHECKING:  # imported where used: --help must not wait for it
     from pandas import DataFrame, Series
@@ -172,6 +172,12 @@ def groups(runs: DataFrame, by: list[str] | None = None) -> Groups:
     return found
 
 
+def metric_names(runs: DataFrame) -> list[str]:
+    """The columns of summary.csv that are numbers and no settings."""
+    settings = NOT_METRICS.union(*runs["args"])
+    return [name for name in runs if name not in settings and runs[name].dtype.kind == "f"]
+
+
 def table(
     runs: DataFrame,
     metrics: list[str] | None = None,
@@ -184,16 +190,16 @@ def table(
     Args:
         metrics: columns of summary.csv. None: the usual ones that have values.
         sort: a metric to order the rows of a dataset by, best first.
-        baseline: a model. Adds ``p_<first metric>``, a paired two-sided t-test over the seeds a row shares with that
-            model's best row of the dataset (not corrected for the number of rows; nan with fewer than two such seeds).
+        baseline: a model, or settings (``model=lorm,lr=0.003``) that single out one row of each dataset. Adds, for the
+            first metric, ``p_<metric>``, a paired two-sided t-test over the seeds that a row shares with that row (not
+            corrected for the number of rows; nan with fewer than two such seeds), and ``p_<metric>_n``, their number.
 
     Raises:
-        UserError: an unknown metric, column or model.
+        UserError: an unknown metric or column; a baseline that no row or several rows of a dataset fit.
     """
     import pandas as pd
 
-    settings = NOT_METRICS.union(*runs["args"])
-    allowed = [name for name in runs if name not in settings and runs[name].dtype.kind == "f"]
+    allowed = metric_names(runs)
     for name in [*(metrics or []), *([sort] if sort else [])]:
         if name not in allowed:
             raise UserError(f"no metric {name!r} in these runs; {nearest(name, allowed)}")
@@ -211,7 +217,7 @@ def table(
             rows[-1] |= {f"{name}_mean": values.mean(), f"{name}_std": values.std(ddof=1), f"{name}_n": len(values)}
     result = pd.DataFrame(rows)
     if baseline and metrics:
-        result[f"p_{metrics[0]}"] = _p_values(found, metrics[0], baseline)
+        result[f"p_{metrics[0]}"], result[f"p_{metrics[0]}_n"] = zip(*_paired_tests(found, metrics[0], baseline))
     return result
 
 
@@ -221,26 +227,61 @@ def _rank(group: DataFrame, metric: str) -> float:
     return float("inf") if mean != mean else -mean * (direction(metric) or 1)
 
 
-def _p_values(found: Groups, metric: str, baseline: str) -> list[float]:
+def _paired_tests(found: Groups, metric: str, baseline: str) -> list[tuple[float, float]]:
+    """p and number of pairs for each row; nan for the baseline itself and where its dataset has none."""
     from scipy import stats
 
-    models = {text(label.get("model")) for label, _ in found}
-    if baseline not in models:
-        raise UserError(f"--baseline: no row for model {baseline!r}; {nearest(baseline, models)}")
-    p = [float("nan")] * len(found)
-    for i, (label, group) in enumerate(found):
-        rivals = [g for k, g in found if k["model"] == baseline and k.get("dataset") == label.get("dataset")]
-        if label["model"] == baseline or not rivals:
+    chosen, tests = _baselines(found, baseline), []
+    for label, group in found:
+        rival = chosen.get(text(label.get("dataset")))
+        if rival is None or rival is group:
+            tests.append((float("nan"), float("nan")))
             continue
-        pair = (group, min(rivals, key=lambda g: _rank(g, metric)))
         # One value per seed: a row of --by may hold several runs of a seed.
-        a, b = (g.groupby("seed")[metric].mean().dropna() for g in pair)
+        a, b = (g.groupby("seed")[metric].mean().dropna() for g in (group, rival))
         a, b = a.align(b, join="inner")
+        p = float("nan")
         if len(a) > 1:
             with warnings.catch_warnings():  # scipy warns where all differences are equal
                 warnings.simplefilter("ignore", RuntimeWarning)
-                p[i] = float(stats.ttest_rel(a, b).pvalue)
-    return p
+                p = float(stats.ttest_rel(a, b).pvalue)
+        tests.append((p, float(len(a))))
+    return tests
+
+
+def _baselines(found: Groups, baseline: str) -> dict[str, DataFrame]:
+    """The row that ``baseline`` names in each dataset."""
+    wanted = [part.partition("=")[::2] if "=" in part else ("model", part) for part in comma_list([baseline])]
+    every = [group for _, group in found]
+    known = {name for group in every for name in set(group).union(*group["args"])} - {"path", "args", "group"}
+    for key, value in wanted:
+        if key not in known:
+            raise UserError(f"--baseline: no setting {key!r}; {nearest(key, known)}")
+        values = {text(v) for group in every for v in _column(group, key)}
+        if not any(_equal(v, value) for v in values):
+            raise UserError(f"--baseline: no row with {key} {value!r}; {nearest(value, values)}")
+    chosen: dict[str, DataFrame] = {}
+    names: dict[str, list[str]] = {}
+    for label, group in found:
+        if all(_equal(text(v), value) for key, value in wanted for v in _column(group, key)):
+            key = text(label.get("dataset"))
+            chosen[key] = group
+            names.setdefault(key, []).append(",".join(f"{k}={text(v)}" for k, v in label.items() if k != "dataset"))
+    if not chosen:
+        rows = "; ".join(",".join(f"{k}={text(v)}" for k, v in label.items()) for label, _ in found)
+        raise UserError(f"--baseline: no row is {baseline!r} alone; choose from {rows}")
+    for dataset, rows in names.items():
+        if len(rows) > 1:
+            raise UserError(f"--baseline: {baseline!r} fits {len(rows)} rows of {dataset}: {'; '.join(rows)}; add one")
+    return chosen
+
+
+def _equal(value: str, wanted: str) -> bool:
+    """Whether a setting is what the user wrote: the same text, or the same number (3e-3 for 0.003)."""
+    try:
+        return value == wanted or float(value) == float(wanted)
+    except ValueError:
+        return False
 
 
 def read_run(run_dir: str | Path) -> dict[str, object]:
@@ -297,7 +338,8 @@ def print_run_table(run_dir: str | Path) -> None:
     print(aligned([costs, [known[name] for name in costs]], 0))
 
 
-def _names(values: list[str] | None) -> list[str]:
+def comma_list(values: list[str] | None) -> list[str]:
+    """The names of a flag that may be repeated and may hold several, separated by commas."""
     return [name.strip() for value in values or [] for name in value.split(",") if name.strip()]
 
 
@@ -310,20 +352,33 @@ def main(argv: list[str] | None = None) -> int:
     add("--metric", action="append", metavar="NAME", help="repeatable or comma list: columns of summary.csv")
     add("--by", action="append", metavar="COLUMN", help="repeatable or comma list: group by these columns instead")
     add("--sort", metavar="METRIC", help="order the rows of each dataset by this metric, best first")
-    add("--baseline", metavar="MODEL", help="paired t-test against this model over common seeds, on the first metric")
+    add(
+        "--baseline",
+        metavar="ROW",
+        help="p of a paired two-sided t-test of each row against this one over their common seeds (n), on the first "
+        'metric: a model (fedavg) or settings that single out a row ("model=lorm,lr=0.003")',
+    )
     add("--all", action="store_true", help="show unfinished runs too")
-    add("--plot", metavar="FILE.png", help="accuracy while learning, and accuracy matrices (a file per dataset)")
+    add("--plot", metavar="FILE.png", help="draw the rows (a file per dataset)")
+    add(
+        "--kind",
+        choices=tuple(KINDS),
+        help="of plot: accuracy while learning (tasks), accuracy matrices (matrix), both (overview, the default), "
+        "accuracy over what clients have sent so far (bytes), final accuracy against what they sent (tradeoff)",
+    )
     add("--output", metavar="FILE", help="write the table there instead of printing it")
     add("--paper", help="what a paper has published beside these runs (reproduce/<paper>.yaml)")
     args = parser.parse_args(argv)
     try:
+        if args.kind and not args.plot:
+            raise UserError("--kind says what --plot draws: add --plot FILE.png")
         if args.paper:
             from utils.ledger import report
 
             result = report(args)
         else:
             runs = load_runs(args.results, unfinished=args.all)
-            result = table(runs, _names(args.metric), _names(args.by), args.sort, args.baseline)
+            result = table(runs, comma_list(args.metric), comma_list(args.by), args.sort, args.baseline)
         if args.output:
             Path(args.output).write_text(render(result, args.format), "utf-8")
             note(f"wrote {args.output}")
@@ -333,7 +388,7 @@ def main(argv: list[str] | None = None) -> int:
                 shown = shown.replace("±", "+/-").encode(encoding, "ignore").decode(encoding)
             print(shown, end="")
         if args.plot:
-            for path in plot(groups(runs, _names(args.by)), Path(args.plot)):
+            for path in plot(groups(runs, comma_list(args.by)), Path(args.plot), args.kind or "overview"):
                 note(f"wrote {path}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""How results are shown: tables as text, and figures of the accuracy matrices. Used by ``utils.compare``."""
+"""How results are shown: tables as text, and figures. Used by ``utils.compare`` and ``utils.report``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from utils.errors import UserError
 if TYPE_CHECKING:  # imported where used
     import numpy as np
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure, SubFigure
     from matplotlib.image import AxesImage
     from pandas import DataFrame
 
@@ -30,7 +31,7 @@ MARKERS, DASHES = "osD^vPX", ["-", "--", ":", "-."]
 
 
 def note(message: str) -> None:
-    print(f"compare: {message}", file=sys.stderr)
+    print(f"note: {message}", file=sys.stderr)
 
 
 def direction(metric: str) -> int:
@@ -78,6 +79,13 @@ def spread(std: float, mean: str) -> str:
     return number(std) if "e" in mean else f"{std:.{len(mean.partition('.')[2])}f}"
 
 
+def p_value(p: float, n: float) -> str:
+    """A paired test as it is shown, with its number of pairs; ``-`` for a row that was not tested."""
+    if n != n:
+        return "-"
+    return f"{'-' if p != p else '<0.001' if p < 0.001 else f'{p:.3f}'} (n={n:.0f})"
+
+
 def render(result: DataFrame, fmt: str = "table", ansi: bool = False) -> str:
     """A table of ``utils.compare.table`` as text.
 
@@ -109,8 +117,7 @@ def render(result: DataFrame, fmt: str = "table", ansi: bool = False) -> str:
             shown = number(mean) + (f" ± {spread(std, number(mean))}" if std == std else "")
             shown = escape(shown + (f" (n={n})" if 0 < n < row["n"] else ""))
             cells.append(bold % shown if best.get((name, key)) == number(mean) else shown)
-        tests = (row[name] for name in p)
-        rows.append(cells + [escape("<0.001" if v < 0.001 else "-" if v != v else f"{v:.3f}") for v in tests])
+        rows.append(cells + [escape(p_value(row[name], row[f"{name}_n"])) for name in p])
     if fmt == "table":
         return aligned(rows, len(labels))
     rule = ["---"] * len(labels) + ["---:"] * (len(rows[0]) - len(labels))
@@ -155,81 +162,139 @@ def read_accuracy(run_dir: str | Path) -> dict[str, np.ndarray]:
     return matrices
 
 
-def plot(groups: list[tuple[dict[str, object], DataFrame]], path: Path) -> list[Path]:
-    """Draws the rows of `utils.compare.groups`, a figure per dataset.
-
-    Left, the accuracy on the tasks seen so far while learning: mean over seeds, band of one sample deviation. Right,
-    the class-il accuracy matrix of each row (mean over seeds). Tasks are numbered from 1, as in papers.
+def plot(groups: list[tuple[dict[str, object], DataFrame]], path: Path, kind: str = "overview") -> list[Path]:
+    """Draws the rows of `utils.compare.groups`, a figure per dataset: means over seeds, one sample deviation.
 
     Args:
         path: where to; the suffix says the format. With several datasets, ``-<dataset>`` is put before the suffix.
+        kind: ``tasks``, accuracy on the tasks seen so far, while learning; ``bytes``, the same over what the clients
+            have sent; ``matrix``, the class-il accuracy matrices; ``overview``, tasks and matrices side by side;
+            ``tradeoff``, accuracy after the last task against what was sent. Tasks are numbered from 1, as in papers.
 
     Returns:
         The files written.
 
     Raises:
-        UserError: no run has accuracies, or an unknown format.
+        UserError: no run has what is to be drawn, or an unknown format.
         OSError: a file that cannot be written.
     """
-    import numpy as np
     from matplotlib.figure import Figure  # not pyplot: no window system is looked for, and Agg draws
 
     formats = Figure().canvas.get_supported_filetypes()
     if path.suffix[1:].lower() not in formats:
         raise UserError(f"--plot: cannot draw {path.name!r}; end the name in one of .{', .'.join(sorted(formats))}")
-    curves: dict[str, list[tuple[str, np.ndarray]]] = {}
-    for label, runs in groups:
-        stack = []
-        for run_dir in runs["path"]:
-            try:
-                matrices = read_accuracy(run_dir)
-            except UserError as error:
-                note(f"left out of the plot: {error}")
-                continue
-            stack += [matrices["class-il"]] if "class-il" in matrices else list(matrices.values())[:1]
-        if stack:
+    read, draw, needed = KINDS[kind]
+    found: dict[str, list[tuple[str, np.ndarray]]] = {}
+    for name, (label, runs) in zip(row_names([label for label, _ in groups]), groups):
+        values = read(runs)
+        if len(values):
             dataset = text(runs["dataset"].iloc[0] if "dataset" not in label else label["dataset"])
-            shape = np.max([m.shape for m in stack], axis=0)
-            padded = [np.pad(m, [(0, n - k) for n, k in zip(shape, m.shape)], constant_values=np.nan) for m in stack]
-            curves.setdefault(dataset, []).append((_name(label, groups), np.stack(padded)))
-    if not curves:
-        raise UserError("--plot: none of these runs has an accuracy.csv")
+            found.setdefault(dataset, []).append((name, values))
+    if not found:
+        raise UserError(f"--plot: none of these runs has {needed}")
     written = []
-    for dataset, rows in curves.items():
-        n_cols = min(len(rows), 3 if len(rows) in (3, 5, 6, 9) else 4)
-        n_rows = -(-len(rows) // n_cols)
-        left, height = 4.8, max(4.0, 3.1 * n_rows + 0.3)
-        figure = Figure(figsize=(left + 2.6 * n_cols + 0.8, height), dpi=150, layout="constrained")
-        figure.suptitle(dataset, fontsize=12)
-        sides = figure.subfigures(1, 2, width_ratios=[left, 2.6 * n_cols + 0.8])
-        axes = sides[0].subplots()
-        _draw_curves(axes, rows)
-        columns = 2 if max(len(name) for name, _ in rows) < 25 else 1
-        sides[0].legend(loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
-        grid = sides[1].subplots(n_rows, n_cols, squeeze=False)
-        for ax in grid.flat[len(rows) :]:
-            ax.set_visible(False)
-        for ax, (name, stack) in zip(grid.flat, rows):
-            image = _draw_matrix(ax, name, stack)
-        bar = sides[1].colorbar(image, ax=grid, shrink=0.8, aspect=30)
-        bar.set_label("Accuracy (%)", fontsize=9)
-        bar.ax.tick_params(labelsize=8)
-        file = path if len(curves) == 1 else path.with_name(f"{path.stem}-{dataset}{path.suffix}")
+    for dataset, rows in found.items():
+        figure = draw(dataset, rows)
+        file = path if len(found) == 1 else path.with_name(f"{path.stem}-{dataset}{path.suffix}")
         figure.savefig(file)
         written.append(file)
     return written
 
 
-def _name(label: dict[str, object], groups: list[tuple[dict[str, object], DataFrame]]) -> str:
-    """``model (setting=value)`` with the settings that tell a row from the others of its model and dataset."""
-    own = {key: label[key] for key in ("model", "dataset") if key in label}
-    peers = [other for other, _ in groups if all(other[key] == value for key, value in own.items())]
-    differing = [key for key in label if key not in own and len({text(peer[key]) for peer in peers}) > 1]
-    settings = ", ".join(f"{key}={text(label[key])}" for key in differing)
-    return f"{text(own.get('model', 'all'))} ({settings})" if settings else text(own.get("model", "all"))
+def row_names(labels: list[dict[str, object]]) -> list[str]:
+    """``model (setting=value)`` for each row, with few settings that tell it from others of its model and dataset."""
+    shown = [{key: text(value) for key, value in label.items()} for label in labels]
+    peers: dict[tuple[str | None, ...], list[dict[str, str]]] = {}
+    for row in shown:
+        peers.setdefault((row.get("model"), row.get("dataset")), []).append(row)
+    telling = {}
+    for key, rows in peers.items():
+        left, chosen, told = [name for name in rows[0] if name not in ("model", "dataset")], [], 1
+        while told < len(rows) and left:  # the setting that tells most rows apart, then the one that adds most to it
+            counts = [len({tuple(row[name] for name in [*chosen, more]) for row in rows}) for more in left]
+            if max(counts) <= told:
+                break
+            told = max(counts)
+            chosen.append(left.pop(counts.index(told)))
+        telling[key] = chosen
+    names = []
+    for row in shown:
+        key = row.get("model"), row.get("dataset")
+        told = [row[name] if name == "model_config" else f"{name}={row[name]}" for name in telling[key]]
+        names.append((key[0] or "all") + (f" ({', '.join(told)})" if told else ""))
+    return names
 
 
-def _mean_std(stack: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def padded(stack: list[np.ndarray]) -> np.ndarray:
+    """Arrays of different lengths as one, with nan where one has no value."""
+    import numpy as np
+
+    shape = np.max([values.shape for values in stack], axis=0)
+    return np.stack([np.pad(v, [(0, n - k) for n, k in zip(shape, v.shape)], constant_values=np.nan) for v in stack])
+
+
+def _matrices(runs: DataFrame) -> np.ndarray:
+    """The class-il accuracy matrices of the runs, (seeds, T, T); of joint training (seeds, 1, T); (0,) without any."""
+    import numpy as np
+
+    stack = []
+    for run_dir in runs["path"]:
+        try:
+            matrices = read_accuracy(run_dir)
+        except UserError as error:
+            note(f"left out of the plot: {error}")
+            continue
+        stack += [matrices["class-il"]] if "class-il" in matrices else list(matrices.values())[:1]
+    return padded(stack) if stack else np.empty(0)
+
+
+def read_rounds(run_dir: str | Path) -> DataFrame:
+    """rounds.csv, a row per evaluation; numbers as floats, without rows where there is no such file.
+
+    ``uplink_mb`` counts what all clients have sent by then (the sum of traffic.csv so far), in MB of 10^6 bytes.
+
+    Raises:
+        UserError: the file is not complete, or not such a file.
+    """
+    import pandas as pd
+
+    path = Path(run_dir) / "rounds.csv"
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            header, *rows = list(csv.reader(file)) or [[]]
+        if rows and not {"task", "faa"} <= set(header) or any(len(row) != len(header) for row in rows):
+            raise ValueError("columns are missing")
+        rows = [[float(value or "nan") for value in row] for row in rows]
+    except FileNotFoundError:
+        header, rows = [], []
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"cannot read {path} ({error}); is it still being written?") from error
+    return pd.DataFrame(rows, columns=header if rows else [])
+
+
+def _bytes(runs: DataFrame) -> np.ndarray:
+    """MB sent and accuracy at the evaluations of the runs, (seeds, evaluations, 2); (0,) without any."""
+    import numpy as np
+
+    stack = []
+    for run_dir in runs["path"]:
+        try:
+            rounds = read_rounds(run_dir)
+        except UserError as error:
+            note(f"left out of the plot: {error}")
+            continue
+        if "uplink_mb" in rounds and rounds["uplink_mb"].notna().any():
+            stack.append(rounds[["uplink_mb", "faa"]].to_numpy())
+    return padded(stack) if stack else np.empty(0)
+
+
+def _ends(runs: DataFrame) -> np.ndarray:
+    """MB sent (nan: central) and accuracy at the end of the runs, (seeds, 1, 2); (0,) without any."""
+    values = runs.reindex(columns=["uplink_mb", "faa"]).astype(float)
+    return values[values["faa"].notna()].to_numpy()[:, None]
+
+
+def mean_std(stack: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and sample deviation over axis 0 of what is not nan; nan where nothing (for the deviation: one value) is."""
     import numpy as np
 
@@ -241,40 +306,239 @@ def _mean_std(stack: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mean, std
 
 
-def _draw_curves(ax: Axes, rows: list[tuple[str, np.ndarray]]) -> None:
+def _figure(dataset: str, rows: list[tuple[str, np.ndarray]], width: float, height: float = 4.0) -> Figure:
+    """An empty figure, high enough for as many names as there are rows."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, max(height, 1.3 + 0.17 * len(rows))), dpi=150, layout="constrained")
+    figure.suptitle(dataset, fontsize=12)
+    return figure
+
+
+def _draw_overview(dataset: str, rows: list[tuple[str, np.ndarray]]) -> Figure:
+    n_cols, n_rows = _grid(len(rows))
+    left, right = 6.2, 2.6 * n_cols + 0.8
+    figure = _figure(dataset, rows, left + right, 3.1 * n_rows + 0.3)
+    sides = figure.subfigures(1, 2, width_ratios=[left, right])
+    _curves(sides[0], rows)
+    _draw_grid(sides[1], rows)
+    return figure
+
+
+def _draw_tasks(dataset: str, rows: list[tuple[str, np.ndarray]]) -> Figure:
+    figure = _figure(dataset, rows, 7.2)
+    _curves(figure, rows)
+    return figure
+
+
+def _draw_matrices(dataset: str, rows: list[tuple[str, np.ndarray]]) -> Figure:
+    n_cols, n_rows = _grid(len(rows))
+    figure = _figure(dataset, [], 2.6 * n_cols + 1.2, 3.1 * n_rows + 0.3)
+    _draw_grid(figure, rows)
+    return figure
+
+
+def _grid(n: int) -> tuple[int, int]:
+    """Columns and rows of small multiples."""
+    n_cols = min(n, 3 if n in (3, 5, 6, 9) else 4 if n <= 12 else 6)
+    return n_cols, -(-n // n_cols)
+
+
+def _style(i: int) -> dict[str, object]:
+    """Colour, marker and dashes of the i-th row: no two of 28 are the same."""
+    turn = i // len(COLOURS)
+    marker = MARKERS[(i + 3 * turn) % len(MARKERS)]
+    return {"color": COLOURS[i % len(COLOURS)], "ls": DASHES[turn % len(DASHES)], "marker": marker, "ms": 4.5}
+
+
+def _seeds(rows: list[tuple[str, np.ndarray]]) -> tuple[str, list[str]]:
+    """What is shown, to be written under the figure, and names, with the number of seeds where rows differ in it."""
+    numbers = {len(values) for _, values in rows}
+    if len(numbers) > 1:
+        return "mean over n seeds, one sample deviation", [f"{name}, n={len(values)}" for name, values in rows]
+    n = numbers.pop()
+    return "one seed" if n == 1 else f"mean over {n} seeds, one sample deviation", [name for name, _ in rows]
+
+
+def _curves(figure: Figure | SubFigure, rows: list[tuple[str, np.ndarray]]) -> None:
+    """Accuracy on the tasks seen so far, after each task, of (seeds, T, T) accuracy matrices."""
     import numpy as np
 
+    ax = figure.subplots()
     n_tasks = max(stack.shape[2] for _, stack in rows)
-    for i, (name, stack) in enumerate(rows):
-        colour, dash = COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % len(DASHES)]
-        label = f"{name}, {len(stack)} seed{'s' if len(stack) > 1 else ''}"
-        if joint := stack.shape[1] == 1 < stack.shape[2]:  # one value, for all tasks at once: a line to compare with
+    (what, names), ends = _seeds(rows), []
+    for i, (name, (_, stack)) in enumerate(zip(names, rows)):
+        style = _style(i)
+        if stack.shape[1] == 1 < stack.shape[2]:  # joint: one value, for all tasks at once: a line to compare with
             stack = np.repeat(stack, n_tasks, axis=1)
+            style = {"color": "0.4", "ls": (0, (5, 2)), "lw": 1.2}
         else:
             stack = np.where(np.tri(*stack.shape[1:], dtype=bool), stack, np.nan)
-        seen = np.stack([_mean_std(run.T)[0] for run in stack])  # (seeds, rows)
-        mean, std = _mean_std(seen)
+        seen = np.stack([mean_std(run.T)[0] for run in stack])  # (seeds, rows)
+        mean, std = mean_std(seen)
         x = np.arange(1, len(mean) + 1)
-        if joint:
-            colour, style = "0.4", {"ls": (0, (5, 2)), "lw": 1.2}
-        else:
-            style = {"ls": dash, "marker": MARKERS[(i + 3 * (i // len(COLOURS))) % len(MARKERS)], "ms": 4.5}
-        ax.plot(x, mean, color=colour, label=label, **style)
-        ax.fill_between(x, mean - std, mean + std, color=colour, alpha=0.18, lw=0)
-    ax.set_xlabel("Tasks learned", fontsize=9)
+        ax.plot(x, mean, **style)
+        ax.fill_between(x, mean - std, mean + std, color=style["color"], alpha=_faint(rows), lw=0)
+        if len(known := np.flatnonzero(np.isfinite(mean))):
+            ends.append((name, x[known[-1]], mean[known[-1]], style["color"]))
+    ax.set_xlabel(f"Tasks learned ({what})", fontsize=9)
     ax.set_ylabel("Accuracy on tasks seen so far (%)", fontsize=9)
-    ax.tick_params(labelsize=8)
     ax.set_xlim(0.75, n_tasks + 0.25)
     ax.set_xticks(_ticks(n_tasks) + 1)
+    _finish(ax)
+    _name_ends(ax, ends)
+
+
+def _draw_bytes(dataset: str, rows: list[tuple[str, np.ndarray]]) -> Figure:
+    import numpy as np
+
+    figure = _figure(dataset, rows, 7.2)
+    ax = figure.subplots()
+    (what, names), ends = _seeds(rows), []
+    for i, (name, (_, stack)) in enumerate(zip(names, rows)):
+        style = _style(i)
+        mean, std = mean_std(stack)  # (evaluations, 2) over seeds
+        (x, y), dy = mean.T, std[:, 1]
+        ax.plot(x, y, **{**style, "ms": 3.5, "markevery": max(1, len(x) // 12)})
+        ax.fill_between(x, y - dy, y + dy, color=style["color"], alpha=_faint(rows), lw=0)
+        if len(known := np.flatnonzero(np.isfinite(x) & np.isfinite(y))):
+            ends.append((name, x[known[-1]], y[known[-1]], style["color"]))
+    _scale_bytes(ax, [x for _, x, _, _ in ends])
+    ax.set_xlabel(f"Sent by the clients so far, MB ({what})", fontsize=9)
+    ax.set_ylabel("Accuracy on tasks seen so far (%)", fontsize=9)
+    _finish(ax)
+    _name_ends(ax, ends)
+    return figure
+
+
+def _draw_tradeoff(dataset: str, rows: list[tuple[str, np.ndarray]]) -> Figure:
+    import numpy as np
+
+    figure = _figure(dataset, rows, 7.2, 4.6)
+    ax = figure.subplots()
+    (what, names), points, lines = _seeds(rows), [], []
+    for i, (name, (_, values)) in enumerate(zip(names, rows)):
+        mean, std = mean_std(values[:, 0])
+        style = _style(i)
+        if np.isfinite(mean[0]):
+            ax.errorbar(*mean, yerr=std[1], color=style["color"], marker=style["marker"], ms=7, elinewidth=1, capsize=2)
+            points.append((name, *mean, std[1] if std[1] == std[1] else 0.0))
+        else:  # central: nothing is sent, so there is a height only
+            ax.axhline(mean[1], color="0.4", ls=(0, (5, 2)), lw=1.2)
+            lines.append((f"{name}, central", mean[1]))
+    _scale_bytes(ax, [x for _, x, *_ in points])
+    ax.margins(x=0.14, y=0.1)
+    ax.set_xlabel(f"Sent by all clients, MB ({what})", fontsize=9)
+    ax.set_ylabel("Accuracy after the last task (%)", fontsize=9)
+    _finish(ax)
+    _name_points(ax, points, lines)
+    return figure
+
+
+def _faint(rows: list) -> float:
+    """Opacity of a band: many bands would hide one another."""
+    return 0.18 if len(rows) <= 5 else 0.07
+
+
+def _scale_bytes(ax: Axes, values: list[float]) -> None:
+    """A logarithmic axis where methods differ more than twentyfold."""
+    positive = [value for value in values if value > 0]
+    if len(positive) == len(values) > 1 and max(positive) > 20 * min(positive):
+        ax.set_xscale("log")
+        ax.xaxis.set_major_formatter("{x:g}")
+
+
+def _finish(ax: Axes) -> None:
+    """What all axes have in common; no accuracy is above 100."""
+    ax.tick_params(labelsize=8)
     ax.set_ylim(top=min(ax.get_ylim()[1], 101))
     ax.grid(alpha=0.25, lw=0.6)
     ax.spines[["top", "right"]].set_visible(False)
 
 
+def spread_out(wanted: list[float], gap: float) -> list[float]:
+    """Positions at least ``gap`` apart, in the order of ``wanted``, with the least sum of squared shifts.
+
+    Shifted by ``k gap``, the k-th in order, they need only be non-decreasing: isotonic regression.
+    """
+    import numpy as np
+    from scipy.optimize import isotonic_regression
+
+    order = np.argsort(wanted, kind="stable")
+    steps = gap * np.arange(len(order))
+    placed = np.empty(len(order))
+    placed[order] = isotonic_regression(np.asarray(wanted, float)[order] - steps).x + steps
+    return placed.tolist()
+
+
+def _name_ends(ax: Axes, ends: list[tuple[str, float, float, object]]) -> None:
+    """Names beside the axes, each as near the height of its curve's end as the others leave room.
+
+    Args:
+        ends: name, x, y and colour of each curve's last point.
+    """
+    if not ends:
+        return
+    root = ax.get_figure(root=True)
+    root.draw_without_rendering()  # the layout settles how high the axes are
+    height = ax.get_window_extent().height * 72 / root.dpi  # points
+    heights = ax.transAxes.inverted().transform(ax.transData.transform([end[1:3] for end in ends]))[:, 1]
+    for (name, x, y, colour), at in zip(ends, spread_out(heights, 10.5 / height)):
+        line = {"arrowstyle": "-", "color": colour, "lw": 0.6, "relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 4}
+        where = {"xytext": (1.04, at), "textcoords": "axes fraction", "annotation_clip": False}
+        ax.annotate(name, (x, y), **where, va="center", fontsize=8, arrowprops=line)
+
+
+def _name_points(ax: Axes, points: list[tuple[str, float, float, float]], lines: list[tuple[str, float]]) -> None:
+    """Names beside points (name, x, y, deviation) and on lines (name, y), clear of points and of one another."""
+    import numpy as np
+    from matplotlib.transforms import Bbox
+
+    root = ax.get_figure(root=True)
+    root.draw_without_rendering()
+    room, px = ax.get_window_extent(), root.dpi / 72
+    taken = []
+    for name, y in lines:
+        above = {"xytext": (0, 3), "textcoords": "offset points", "in_layout": False}
+        line = ax.annotate(name, (0.01, y), xycoords=("axes fraction", "data"), **above, fontsize=8, color="0.3")
+        taken.append(line.get_window_extent())
+    for _, x, y, dy in points:  # the marker, and its error bar
+        (left, middle), (_, low), (_, high) = ax.transData.transform([(x, y), (x, y - dy), (x, y + dy)])
+        taken.append(Bbox.from_bounds(left - 5 * px, middle - 5 * px, 10 * px, 10 * px))
+        taken.append(Bbox.from_extents(left - px, low, left + px, high))
+    for name, x, y, _ in sorted(points, key=lambda point: -point[2]):
+        label = ax.annotate(name, (x, y), xytext=(0, 0), textcoords="offset points", fontsize=8, in_layout=False)
+        for distance, angle in [(r, a) for r in range(8, 200, 6) for a in (0, 180, 30, -30, 150, -150, 90, -90)]:
+            dx, dy = distance * np.cos(np.radians(angle)), distance * np.sin(np.radians(angle))
+            label.set(ha={1: "left", 0: "center", -1: "right"}[round(np.sign(round(dx)))])
+            label.set(va={1: "bottom", 0: "center", -1: "top"}[round(np.sign(round(dy)))], position=(dx, dy))
+            box = label.get_window_extent().padded(1.5 * px)
+            inside = room.x0 <= box.x0 and box.x1 <= room.x1 and room.y0 <= box.y0 and box.y1 <= room.y1
+            if inside and not any(box.overlaps(other) for other in taken):
+                break
+        if distance > 8:
+            line = {"arrowstyle": "-", "color": "0.6", "lw": 0.6, "shrinkA": 1, "shrinkB": 4}
+            ax.annotate("", (x, y), xytext=(dx, dy), textcoords="offset points", arrowprops=line, in_layout=False)
+        taken.append(box)
+
+
+def _draw_grid(figure: Figure | SubFigure, rows: list[tuple[str, np.ndarray]]) -> None:
+    """A small accuracy matrix for each row, one scale for all."""
+    n_cols, n_rows = _grid(len(rows))
+    grid = figure.subplots(n_rows, n_cols, squeeze=False)
+    for ax in grid.flat[len(rows) :]:
+        ax.set_visible(False)
+    for ax, (name, stack) in zip(grid.flat, rows):
+        image = _draw_matrix(ax, name, stack)
+    bar = figure.colorbar(image, ax=grid, shrink=0.8, aspect=30)
+    bar.set_label("Accuracy (%)", fontsize=9)
+    bar.ax.tick_params(labelsize=8)
+
+
 def _draw_matrix(ax: Axes, name: str, stack: np.ndarray) -> AxesImage:
     import numpy as np
 
-    mean = _mean_std(stack)[0]
+    mean = mean_std(stack)[0]
     n_rows, n_tasks = mean.shape
     ax.set_facecolor("0.94")  # what was not evaluated
     image = ax.imshow(np.ma.masked_invalid(mean), vmin=0, vmax=100, cmap="cividis", aspect="equal")
@@ -301,6 +565,16 @@ def _ticks(n: int) -> np.ndarray:
     import numpy as np
 
     return np.arange(0, n, -(-n // 10))
+
+
+# what is read of the runs of a row, how it is drawn, and what a row must have
+KINDS = {
+    "overview": (_matrices, _draw_overview, "an accuracy.csv"),
+    "tasks": (_matrices, _draw_tasks, "an accuracy.csv"),
+    "bytes": (_bytes, _draw_bytes, "a rounds.csv with uplink_mb (central runs send nothing)"),
+    "matrix": (_matrices, _draw_matrices, "an accuracy.csv"),
+    "tradeoff": (_ends, _draw_tradeoff, "a final accuracy"),
+}
 
 
 def plot_unlearning(rows: list[dict], file: Path) -> None:

@@ -16,12 +16,12 @@ import pandas as pd
 import pytest
 import yaml
 
-from utils import compare
+from utils import compare, report_plots
 from utils.errors import UserError
 from utils.report_plots import read_accuracy
 
 ROOT = Path(compare.__file__).parents[1]
-NOT_HASHED = {"seed", "status", "faa", "forgetting", "uplink_mb", "note_to_self"}
+NOT_HASHED = {"seed", "status", "faa", "forgetting", "uplink_mb", "note_to_self", "command"}
 
 
 def write_csv(path, header, *rows):
@@ -215,15 +215,54 @@ def test_paired_test_over_common_seeds(results):
     assert "p_faa" in compare.render(found, "md")
 
 
+def test_paired_test_against_a_row_named_by_its_settings(results, capsys):
+    found = compare.table(compare.load_runs([results]), ["faa"], baseline="model=dolfin, lr=3e-2")
+    p = found.set_index(["dataset", "model", "lr"])[["p_faa", "p_faa_n"]]
+    # by hand: the differences 10, 10.5, 11 have mean 10.5 and deviation 0.5, and with two degrees of freedom
+    # P(|T| > t) = 1 - t / sqrt(t^2 + 2)
+    t = 10.5 / (0.5 / 3**0.5)
+    assert p.loc["seq-digits", "dolfin", 0.3].tolist() == [pytest.approx(1 - t / (t**2 + 2) ** 0.5), 3]
+    assert p.loc["seq-digits", "dolfin", 0.03].isna().all()  # the baseline itself
+    assert p.loc["seq-glyphs", "fedavg", 0.1].isna().all()  # has no such row
+    shown = compare.render(found, "md").splitlines()
+    assert [line.split("|")[-2].strip() for line in shown[2:]] == ["-", "<0.001 (n=3)", "0.001 (n=3)", "-"]
+    code, out, _ = run(capsys, results, "--metric", "faa", "--baseline", "model=dolfin,lr=0.03", "--format", "csv")
+    pd.testing.assert_frame_equal(pd.read_csv(io.StringIO(out)), found)
+
+
+def test_paired_test_needs_two_common_seeds(results):
+    for seed in (2, 3, 4):
+        write_run(results, "er", seed, 50.0 + seed)
+    write_run(results, "sgd", 7, 50.0)
+    found = compare.table(compare.load_runs([results]), ["faa"], baseline="fedavg")
+    lines = {line.split()[1]: line for line in compare.render(found).splitlines() if line.startswith("seq-digits")}
+    assert lines["er"].endswith(" - (n=1)") and lines["sgd"].endswith(" - (n=0)")
+    assert lines["dolfin"].endswith("(n=3)") and lines["fedavg"].endswith(" -")
+
+
+def test_equal_runs_have_no_p(tmp_path):
+    for model in "ab":
+        for seed in range(3):
+            write_run(tmp_path, model, seed, 50.0 + seed)
+    found = compare.table(compare.load_runs([tmp_path]), ["faa"], baseline="a")
+    assert compare.render(found).splitlines()[3].endswith(" - (n=3)")
+
+
 def test_unknown_names_are_one_line_and_exit_code_2(results, capsys):
     for argv, message in [
         (["--metric", "forgeting"], "did you mean 'forgetting'"),
         (["--sort", "fa"], "did you mean 'faa'"),
         (["--by", "modle"], "did you mean 'model'"),
         (["--baseline", "fedavgg"], "did you mean 'fedavg'"),
-        (["--by", "lr", "--baseline", "fedavg"], "no row for model"),
+        (["--baseline", "dolfin"], "fits 2 rows of seq-digits: model=dolfin,lr=0.03; model=dolfin,lr=0.3"),
+        (["--baseline", "model=dolfin,lr=0.5"], "no row with lr '0.5'; did you mean '0.3' or '0.1'?"),
+        (["--baseline", "model=fedavg,lr=0.3"], "no row is 'model=fedavg,lr=0.3' alone; choose from dataset="),
+        (["--baseline", "model=dolfin,rate=0.3"], "no setting 'rate'"),
+        (["--by", "backbone", "--baseline", "fedavg"], "no row is 'fedavg' alone; choose from backbone=mlp"),
+        (["--kind", "bytes"], "add --plot"),
         (["--plot", "x.xyz"], "end the name in"),
         (["--plot", "x.png"], "none of these runs has an accuracy.csv"),
+        (["--plot", "x.png", "--kind", "bytes"], "none of these runs has a rounds.csv"),
         (["--output", results / "no" / "table.md"], "cannot write"),
     ]:
         code, _, err = run(capsys, results, *argv)
@@ -312,6 +351,89 @@ def test_plot(tmp_path, capsys):
     for name in ("all-seq-digits.png", "all-seq-glyphs.png", "one.png"):
         image = imread(tmp_path / name)
         assert image.shape[0] > 400 and image.shape[1] > 800 and image[..., :3].std() > 0.01
+
+
+def write_rounds(folder, *rows):
+    write_csv(folder / "rounds.csv", ["task", "round", "faa", "loss", "uplink_mb"], *rows)
+    return folder
+
+
+def test_accuracy_over_bytes_is_the_mean_over_seeds(tmp_path, capsys, monkeypatch):
+    for seed, (mb, faa) in enumerate([(2.0, 80.0), (4.0, 90.0)]):
+        folder = write_run(tmp_path, "fedavg", seed)
+        write_rounds(folder, [0, 0, faa, 0.1, mb], [0, -1, faa + 5, "", 2 * mb], [1, -1, faa - 20, 0.3, 3 * mb])
+    write_rounds(write_run(tmp_path, "sgd", 0), [0, -1, 50.0, 1.0, ""])  # central
+    write_run(tmp_path, "er", 0)
+    half = write_rounds(write_run(tmp_path, "fedavg", 2), [0, 0, 80.0, 1.0, 2.0]) / "rounds.csv"
+    half.write_text("task,round,faa,loss,uplink_mb\n0,0,80.0,1.0,2.0\n0,1,8")
+    drawn = []
+    monkeypatch.setattr(report_plots, "_finish", drawn.append)
+    code, _, err = run(capsys, tmp_path, "--plot", tmp_path / "x.png", "--kind", "bytes")
+    assert code == 0 and err.count("left out of the plot") == 1 and "rounds.csv" in err
+    (line,) = drawn[0].lines
+    np.testing.assert_allclose(line.get_xydata(), [[3, 85], [6, 90], [9, 65]])
+
+
+@pytest.mark.parametrize("kind", report_plots.KINDS)
+def test_what_was_never_evaluated_is_drawn_as_nothing(tmp_path, capsys, kind):
+    folder = write_run(tmp_path, "er", 0, matrix=np.full((2, 2), np.nan))
+    write_rounds(folder, [0, -1, "", 0.1, 5.0])
+    code, _, err = run(capsys, tmp_path, "--metric", "uplink_mb", "--plot", tmp_path / "x.png", "--kind", kind)
+    assert code == 0 and "wrote" in err
+
+
+@pytest.mark.parametrize("kind", report_plots.KINDS)
+def test_names_in_plots_do_not_overlap(tmp_path, capsys, monkeypatch, kind):
+    """Twelve methods, most of which end within a point of each other."""
+    from matplotlib.figure import Figure
+
+    for i in range(12):
+        faa = 50 + 0.1 * i if i < 9 else 4 * i
+        folder = write_run(tmp_path, f"a_long_name_{i}", 0, faa, matrix=matrix(3, i), uplink_mb=10 + i % 3)
+        write_rounds(folder, [0, -1, 90.0, 0.1, 5.0], [1, -1, faa, 0.1, 10 + i % 3])
+    write_run(tmp_path, "joint", 0, 55.0, matrix=[[55.0] * 3], uplink_mb="")
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args: (figures.append(self), save(self, *args)))
+    code, _, _ = run(capsys, tmp_path, "--plot", tmp_path / "x.png", "--kind", kind)
+    assert code == 0 and len(figures) == 1
+    figure = figures[0]
+    names = figure.findobj(lambda a: hasattr(a, "get_text") and a.get_text().startswith(("a_", "joint")))
+    assert len(names) == {"overview": 26, "bytes": 12}.get(kind, 13)
+    figure.draw_without_rendering()
+    from matplotlib.text import Text
+
+    boxes = [Text.get_window_extent(name) for name in names]
+    for i, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:i]), names[i].get_text()
+        assert box.min.min() >= 0 and (box.max <= figure.bbox.max).all()
+
+
+def test_positions_are_spread_with_the_least_shift():
+    from scipy.optimize import minimize
+
+    gap = 0.15
+    for seed in range(5):
+        wanted = np.random.default_rng(seed).uniform(0, 1, 6)
+        found = np.array(report_plots.spread_out(wanted.tolist(), gap))
+        order = np.argsort(wanted)
+        apart = {"type": "ineq", "fun": lambda x, order=order: np.diff(x[order]) - gap}
+        best = minimize(lambda x, wanted=wanted: ((x - wanted) ** 2).sum(), found * 1.1, constraints=apart, tol=1e-14)
+        assert best.success and (np.diff(found[order]) >= gap - 1e-9).all()
+        np.testing.assert_allclose(found, best.x, atol=1e-4)
+
+
+def test_names_of_rows_are_as_short_as_they_can_be():
+    def names(*labels):
+        return report_plots.row_names([{"dataset": "d"} | label for label in labels])
+
+    one, two = {"model": "a", "model_config": "head", "lr": 0.1}, {"model": "a", "model_config": "lora", "lr": 0.2}
+    assert names(one) == ["a"] and names(one, two) == ["a (head)", "a (lora)"]
+    assert names(one, two | {"model_config": "head"}) == ["a (lr=0.1)", "a (lr=0.2)"]
+    three = two | {"lr": 0.1}
+    assert names(one, two, three) == ["a (head, lr=0.1)", "a (lora, lr=0.2)", "a (lora, lr=0.1)"]
+    b = {"model": "b", "model_config": "x", "lr": 9.0}
+    assert names(one, b, one) == ["a", "b", "a"]  # nothing to tell them apart by
+    assert report_plots.row_names([{"lr": 0.1}, {"lr": 0.2}]) == ["all (lr=0.1)", "all (lr=0.2)"]
 
 
 def test_table_of_one_run(tmp_path, capsys):
