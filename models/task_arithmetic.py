@@ -152,7 +152,7 @@ class TaskArithmetic(FederatedModel):
             nargs="+",
             default=None,
             metavar="PATH",
-            help="train nothing: take the task_vectors.safetensors of a run, or a LoRA folder (PEFT) for each task",
+            help="train nothing: task_vectors.safetensors of a run, or for each task a LoRA folder (PEFT) or weights",
         )
         add("--control_dataset", default=None, help="negation in the end: forget each task, keep this data set")
         return parser

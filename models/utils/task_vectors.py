@@ -9,6 +9,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
@@ -102,9 +103,11 @@ def write_task_vectors(file: Path, taus: Sequence[Vector]) -> None:
 
 
 def read_task_vectors(paths: Sequence[str], method) -> list[dict[str, Tensor]]:
-    """One task vector for each task of a method: of a file of :func:`write_task_vectors`, or of LoRA folders in order.
+    """One task vector for each task of a method.
 
-    Parameters that a LoRA folder says nothing of are zero.
+    Args:
+        paths: a file of :func:`write_task_vectors`, or for each task in order a LoRA folder or a fine-tuned network
+            (:func:`of_checkpoint`). Parameters that a LoRA folder says nothing of are zero.
 
     Raises:
         UserError: nothing readable there, too few or too many tasks, or parameters that this method does not train.
@@ -120,12 +123,16 @@ def read_task_vectors(paths: Sequence[str], method) -> list[dict[str, Tensor]]:
                 taus[int(task)][name] = t
         else:
             taus = [
-                {f"{layer}.weight": scale * B @ A for layer, (A, B, scale) in peft_files.read(f).items()} for f in files
+                {f"{layer}.weight": scale * B @ A for layer, (A, B, scale) in peft_files.read(f).items()}
+                if (f / "adapter_config.json").exists()
+                else of_checkpoint(f, method._own_lin.start())
+                for f in files
             ]
-    except (OSError, ValueError, KeyError, SafetensorError) as e:
+    except (OSError, ValueError, KeyError, RuntimeError, UnpicklingError, SafetensorError) as e:
         raise UserError(
             f"--merge_from {' '.join(paths)}: no task vectors ({' '.join(str(e).split())[:150]}); give the "
-            "task_vectors.safetensors of a run with --save_task_vectors, or one PEFT folder for each task"
+            "task_vectors.safetensors of a run with --save_task_vectors, or for each task a PEFT folder, a folder with "
+            "model.safetensors, or a file of weights"
         ) from e
     if len(taus) != n:
         raise UserError(f"--merge_from gives {len(taus)} task vectors, {method.args.dataset} has {n} tasks")
@@ -137,6 +144,35 @@ def read_task_vectors(paths: Sequence[str], method) -> list[dict[str, Tensor]]:
                 "--backbone, --regime and --ft_... with which the vectors were made"
             )
     return [{k: tau[k].to(z) if k in tau else z for k, z in like.items()} for tau in taus]
+
+
+def of_checkpoint(path: Path, start: Vector) -> dict[str, Tensor]:
+    """theta_t - theta_0 of a fine-tuned network, in the parameters of ``start``, theta_0.
+
+    Args:
+        path: a file of weights (.safetensors, or what ``torch.save`` wrote, of which nothing is executed), or a folder
+            with model.safetensors or pytorch_model.bin, as the hub has them. Names may have prefixes that ours do not
+            have, or lack ours (``vision_model.``).
+
+    Raises:
+        ValueError: a parameter is missing, ambiguous, or of another shape. OSError: no such file.
+    """
+    names = ("model.safetensors", "pytorch_model.bin")
+    file = next((path / n for n in names if (path / n).exists()), path / names[0]) if path.is_dir() else path
+    if file.suffix == ".safetensors":
+        stored = load_file(file)
+    else:
+        stored = torch.load(file, map_location="cpu", weights_only=True)
+        stored = stored.get("state_dict", stored)
+    tau = {}
+    for name, before in start.items():
+        found = [k for k in stored if k == name or k.endswith(f".{name}") or name.endswith(f".{k}")]
+        if len(found) != 1:
+            raise ValueError(f"{file} has {'several' if found else 'no'} {name}")
+        if stored[found[0]].shape != before.shape:
+            raise ValueError(f"{file}: {name} is {tuple(stored[found[0]].shape)}, not {tuple(before.shape)}")
+        tau[name] = stored[found[0]].to(before) - before
+    return tau
 
 
 # ---------------------------------------------------------------- accuracies

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from models.utils.task_vectors import read_task_vectors, write_task_vectors
 from tests.helpers import rows
@@ -273,6 +274,37 @@ def test_vectors_of_lora_folders(rig, nano, tmp_path):
     for a, b in zip(want, got):
         for n, t in b.items():
             torch.testing.assert_close(t, a.get(n, torch.zeros_like(t)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["folder", "file", "torch"])
+def test_vectors_of_fine_tuned_networks(rig, nano, tmp_path, form):
+    """Their weights less ours, whatever prefix the names have; nothing of a pickle is executed."""
+    r = rig(f"--model com {SHORT}", NET)
+    start, paths, want = r.model._own_lin.start(), [], []
+    for t in range(5):
+        want.append({n: torch.randn_like(p) for n, p in start.items()})
+        if form == "torch":
+            weights = {"state_dict": {n.removeprefix("blocks."): p + want[t][n] for n, p in start.items()}}
+            torch.save(weights, tmp_path / f"{t}.pt")
+        else:
+            weights = {f"model.{n}": p + want[t][n] for n, p in start.items()} | {"model.head.weight": torch.ones(3)}
+            file = tmp_path / str(t) / "model.safetensors" if form == "folder" else tmp_path / f"{t}.safetensors"
+            file.parent.mkdir(exist_ok=True)
+            save_file(weights, file)
+        paths.append(str(tmp_path / {"folder": str(t), "file": f"{t}.safetensors", "torch": f"{t}.pt"}[form]))
+    for a, b in zip(want, read_task_vectors(paths, r.model)):
+        for n, t in b.items():
+            torch.testing.assert_close(t, a[n], rtol=1e-4, atol=1e-5)
+    if form == "torch":
+        torch.save({"state_dict": dict(list(start.items())[1:])}, tmp_path / "3.pt")
+        with pytest.raises(UserError, match=f"3.pt has no {next(iter(start))}"):
+            read_task_vectors(paths, r.model)
+        torch.save({n: p[None] for n, p in start.items()}, tmp_path / "3.pt")
+        with pytest.raises(UserError, match="is .*, not"):
+            read_task_vectors(paths, r.model)
+        torch.save({"state_dict": print}, tmp_path / "3.pt")
+        with pytest.raises(UserError, match="no task vectors"):
+            read_task_vectors(paths, r.model)
 
 
 def test_mistakes(rig, nano, tmp_path):
