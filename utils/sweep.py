@@ -359,8 +359,11 @@ class Sweep:
     def say(self, text: str) -> None:
         from tqdm import tqdm
 
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        try:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+        except BrokenPipeError:  # nobody reads on, the sweep does
+            mute()
 
     def write(self) -> None:
         """Bring sweep.csv up to date."""
@@ -378,6 +381,11 @@ class Sweep:
         counts = Counter(j.status for j in self.jobs)
         print(", ".join(f"{n} {status}" for status, n in sorted(counts.items())) + f": {self.folder / 'sweep.csv'}")
         return 130 if self.signals else int(any(j.status not in ("finished", "skipped") for j in self.jobs))
+
+
+def mute() -> None:
+    """Write to nowhere from here on."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def write_slurm(file: Path, jobs: list[Job], folder: Path, at_a_time: int | None, grid: Path) -> None:
@@ -474,6 +482,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        mute()
+        return 0
 
 
 if __name__ == "__main__":
