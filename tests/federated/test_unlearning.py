@@ -204,7 +204,8 @@ def test_running_statistics_are_replayed_too(rig, nano):
     from federated.simulator import recorder
 
     flags = "--model fedavg --dataset seq-digits --backbone resnet-pocket --joint 1 --fl --num_clients 3"
-    flags += " --num_comm_rounds 2 --unlearn sifu --unlearn_client 1 --debug_mode 1 --sifu_sigma 0 --device cpu --unlearn_history 1"
+    flags += " --num_comm_rounds 2 --debug_mode 1 --device cpu"
+    flags += " --unlearn sifu --unlearn_client 1 --unlearn_history 1 --sifu_sigma 0"
     done = rig(flags, "")
     history = {}
     done.begin(0)
