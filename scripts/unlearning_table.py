@@ -23,7 +23,8 @@ from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "docs" / "unlearning.csv"
-WAY = ["method", "regime", "sata_lambda", "sata_renorm", "recover_rounds"]
+MODEL = ["model", "regime"]
+WAY = [*MODEL, "method", "sata_lambda", "sata_renorm", "recover_rounds"]
 KEY = ["dataset", "tasks", "K", "beta", "T", "E", "seed", "client", *WAY]
 METRICS = [f"{p}{k}" for k in ("FA", "RA", "FTA", "TA") for p in ("", "O_", "R_")]
 METRICS += ["mia_loss_auc", "R_mia_loss_auc", "avg_gap", "relD", "relearn", "R_relearn"]
@@ -81,7 +82,11 @@ def name(way: tuple) -> str:
 
 
 def table(dataset: str, tasks: str, beta: float) -> str:
-    """A Markdown table, the smallest mean gap first. UserError: nothing is known of that."""
+    """Two Markdown tables: what was tried, the smallest mean gap first, and what it is judged by.
+
+    Raises:
+        UserError: nothing is known of that.
+    """
     record = pd.read_csv(RECORD) if RECORD.exists() else pd.DataFrame(columns=COLUMNS)
     rows = record[(record["dataset"] == dataset) & (record["tasks"] == tasks) & (record["beta"] == beta)]
     if rows.empty:
@@ -101,13 +106,11 @@ def table(dataset: str, tasks: str, beta: float) -> str:
         cells = [name(way), str(len(mine)), cell(mine["avg_gap"], 1)]
         cells += [cell(mine[c], digits) for c, (_, digits) in SHOWN.items()]
         lines.append("| " + " | ".join([*cells, *(f"{mine[c].mean():.1f}" for c in COSTS)]) + " |")
-    for prefix, what in (("R_", "retrained"), ("O_", "with everybody")):
-        one = rows.drop_duplicates(["seed", "client", "regime"])
-        figures = ", ".join(
-            f"{title} {cell(one[prefix + k], 1)}"
-            for k, title in (("FA", "forgotten"), ("RA", "retained"), ("TA", "test"))
-        )
-        lines += ["", f"{what}: {figures}"]
+    lines += ["", "| what R and O are | R: forgotten % | retained % | test % | O: forgotten % | retained % | test % |"]
+    lines += ["|---|" + "---:|" * 6]
+    for key, mine in rows.drop_duplicates(["seed", "client", *MODEL]).groupby(MODEL, dropna=False):
+        figures = [cell(mine[prefix + k], 1) for prefix in ("R_", "O_") for k in ("FA", "RA", "TA")]
+        lines.append("| " + " | ".join([", ".join(str(k) for k in key if k == k), *figures]) + " |")
     return "\n".join(lines)
 
 

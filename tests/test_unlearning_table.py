@@ -25,7 +25,15 @@ def record(tmp_path, monkeypatch):
 
 def made(record, **given):
     usual = {"dataset": "d", "tasks": "single", "K": 10, "beta": 0.5, "T": 3, "E": 2, "seed": 0, "client": "0"}
-    row = usual | {"method": "pga", "recover_rounds": 0, "R_FA": 50.0, "R_RA": 90.0, "R_TA": 80.0, "avg_gap": 1.0}
+    row = usual | {
+        "model": "fedavg",
+        "method": "pga",
+        "recover_rounds": 0,
+        "R_FA": 50.0,
+        "R_RA": 90.0,
+        "R_TA": 80.0,
+        "avg_gap": 1.0,
+    }
     return {c: (row | given).get(c) for c in record.COLUMNS}
 
 
@@ -51,6 +59,7 @@ def test_means_gaps_and_rebound(record):
             FA=50.0,
             RA=90.0,
             TA=80.0,
+            model="sata",
             method="sata",
             sata_lambda="p",
             sata_renorm=1.0,
@@ -62,6 +71,7 @@ def test_means_gaps_and_rebound(record):
     assert said[2].startswith("| pga, 1 more | 1 | 0.5 | 55.0 | 5.0 | 91.0 | 1.0 |") and "| 15.0 |" in said[2]
     assert said[3].startswith("| pga | 2 | 1.0 ± 0.0 | 50.0 ± 14.1 | 10.0 ± 0.0 |")
     assert said[4].startswith("| sata, full, exact1 | 1 |")
-    assert "retrained: forgotten 50.0 ± 0.0, retained 90.0 ± 0.0" in "\n".join(said)
+    assert said[-2] == "| fedavg | 50.0 ± 0.0 | 90.0 ± 0.0 | 80.0 ± 0.0 | - | - | - |"
+    assert said[-1] == "| sata, full | 50.0 | 90.0 | 80.0 | - | - | - |"
     with pytest.raises(UserError, match="nothing of d, continual"):
         record.table("d", "continual", 0.5)
