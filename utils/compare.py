@@ -139,6 +139,7 @@ def groups(runs: DataFrame, by: list[str] | None = None) -> Groups:
     Raises:
         UserError: an unknown column in ``by``.
     """
+    from utils.args import UNLEARNING_FLAGS
     from utils.loggers import NOT_IDENTITY
 
     keys = {key for args in runs["args"] for key in args if not key.startswith("version_")}
@@ -150,7 +151,7 @@ def groups(runs: DataFrame, by: list[str] | None = None) -> Groups:
                 raise UserError(f"--by: no column {name!r}; {nearest(name, allowed)}")
         group = _joined(runs, by)
     else:
-        others = sorted(keys - NOT_METRICS - NOT_IDENTITY - {"platform"})
+        others = sorted(keys - NOT_METRICS - NOT_IDENTITY - {*UNLEARNING_FLAGS, "platform"})
         for name in [*(name for name in SETTINGS if name in keys.union(runs)), *others]:
             values = _column(runs, name).map(text)
             if (values.groupby(group).nunique() > 1).any():  # no setting: it varies between the seeds of a group

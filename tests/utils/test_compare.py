@@ -112,6 +112,14 @@ def test_settings_of_a_method_are_found_in_its_args(tmp_path):
     assert by["n"].tolist() == [2, 2, 2]
 
 
+def test_what_is_forgotten_afterwards_is_no_setting(tmp_path):
+    """One training, whatever is asked of it later; who never took part is one."""
+    for asked, excluded in ((["3"], None), (None, [3]), (None, None)):
+        write_run(tmp_path, "sata", 0, args={"unlearn_client": asked, "exclude_clients": excluded})
+    found = compare.table(compare.load_runs([tmp_path]), ["faa"])
+    assert "unlearn_client" not in found and "exclude_clients" in found
+
+
 def test_without_a_hash_settings_group_the_runs(tmp_path):
     for seed in range(2):
         for lr in (0.1, 0.2):
