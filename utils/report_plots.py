@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # imported where used
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
     from matplotlib.image import AxesImage
-    from pandas import DataFrame
+    from pandas import DataFrame, Series
 
 LOWER_IS_BETTER = re.compile(
     r"forgetting|.*_mb$|.*_seconds$|.*memory|trainable_params$|(\w+_)?incremental_bias|(\w+_)?prediction_kl|federated_bias$|energy_mj|macs$|sops$|firing_rate|logit_drift|negation_target|disentanglement|layer_error"
@@ -577,9 +577,21 @@ KINDS = {
 }
 
 
+def _ways(table: DataFrame) -> Series:
+    """A name for each row of unlearning.csv: the method, and below it those of its settings that it has several of."""
+    settings, names = list(table.loc[:, "recover_rounds":"FA"])[:-1], table["method"].astype(str)
+    for method, mine in table.groupby("method", sort=False):
+        for key in settings:
+            values = mine[key].map(text)
+            if values.nunique() > 1:
+                short = key.removeprefix(f"{method}_").removesuffix("_rounds")
+                names.loc[mine.index] += f"\n{short} " + values.str.removesuffix(".0")
+    return names
+
+
 def plot_unlearning(rows: list[dict], file: Path) -> None:
-    """Bars of unlearning.csv: accuracies of each way to forget, means over clients, with marks at those of the model
-    retrained without the client (black) and of the one with everybody (grey)."""
+    """Bars of unlearning.csv: accuracies of each way to forget and its settings, means over clients, with marks at
+    those of the model retrained without the client (black) and of the one with everybody (grey)."""
     import pandas as pd
     from matplotlib.figure import Figure
 
@@ -587,7 +599,7 @@ def plot_unlearning(rows: list[dict], file: Path) -> None:
     shown = {"FA": "the client's data", "RA": "the others'", "FTA": "unseen, the client's mix", "TA": "test"}
     columns = [p + k for k in shown for p in ("", "O_", "R_") if p + k in table]
     table[columns] = table[columns].apply(pd.to_numeric, errors="coerce")
-    means = table.groupby("method", sort=False)[columns].mean()
+    means = table.groupby(_ways(table), sort=False)[columns].mean()
     fig = Figure(figsize=(max(5.0, 1.6 + 1.1 * len(means)), 3.4), layout="constrained")
     ax, width = fig.subplots(), 0.8 / len(shown)
     for i, (k, name) in enumerate(shown.items()):
@@ -598,7 +610,7 @@ def plot_unlearning(rows: list[dict], file: Path) -> None:
                 ax.hlines(
                     means[prefix + k], [x - width / 2 for x in xs], [x + width / 2 for x in xs], colors=colour, lw=2
                 )
-    ax.set_xticks(range(len(means)), list(means.index))
+    ax.set_xticks(range(len(means)), list(means.index), fontsize=8)
     ax.set(ylabel="accuracy (%)", ylim=(0, 101))
     ax.plot([], [], color="black", lw=2, label="retrained without it")
     ax.plot([], [], color="#999999", lw=2, label="with everybody")

@@ -120,6 +120,15 @@ def test_what_is_forgotten_afterwards_is_no_setting(tmp_path):
     assert "unlearn_client" not in found and "exclude_clients" in found
 
 
+def test_bars_of_a_way_to_forget_are_told_apart_by_its_settings():
+    from utils.report_plots import _ways
+
+    rows = [("sata", "0", "one"), ("sata", "1", "p"), ("pga", "0", ""), ("pga", "0", "")]
+    table = pd.DataFrame(rows, columns=["method", "recover_rounds", "sata_lambda"]).assign(seed=range(4), FA=1.0)
+    table = table[["seed", "method", "recover_rounds", "sata_lambda", "FA"]]
+    assert list(_ways(table)) == ["sata\nrecover 0\nlambda one", "sata\nrecover 1\nlambda p", "pga", "pga"]
+
+
 def test_without_a_hash_settings_group_the_runs(tmp_path):
     for seed in range(2):
         for lr in (0.1, 0.2):
