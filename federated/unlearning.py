@@ -114,7 +114,8 @@ def check(args, cls: type) -> None:
         args.unlearn = "own"
     if args.unlearn == "own" and not own:
         raise UserError(f"--unlearn own: {args.model} has no way of its own to forget; choose from {ways}")
-    able = [w for w in scan("unlearning") if not getattr(cls, "TASK_VECTORS", False) or on_task_vectors(w)]
+    vectors = getattr(cls, "TASK_VECTORS", False)
+    able = [way for way in scan("unlearning") if not vectors or get_unlearner_class(way).ON_TASK_VECTORS]
     if args.unlearn not in ("own", *able):
         raise UserError(
             f"--unlearn {args.unlearn} acts on a network's own weights and loss, and {args.model} trains vectors added "
@@ -127,11 +128,6 @@ def check(args, cls: type) -> None:
     if args.exclude_clients:
         raise UserError("--unlearn_client and --exclude_clients: who takes no part has nothing to be forgotten")
     requests(args)
-
-
-def on_task_vectors(way: str) -> bool:
-    """Whether a way to unlearn can act on vectors that are added to a frozen network."""
-    return get_unlearner_class(way).ON_TASK_VECTORS
 
 
 # ---------------------------------------------------------------- one model after another
@@ -222,23 +218,28 @@ class Stage:
         with self.engine() as engine:
             tasks(self.session, engine, self.ledger, self.partition, until)
 
-    def relearn(self, whole: Partition, who: Sequence[int], goal: float, most: int) -> int | None:
-        """Rounds of one epoch until clients that train alone have ``goal`` % on their images of the last task.
-
-        None: more than ``most``.
-        """
+    def accuracy_of(self, who: Sequence[int], whole: Partition) -> float:
+        """In %, on the clients' images of the last task, by the division with everybody; nan if they have none."""
         task = self.dataset.n_train_tasks - 1
         mine = torch.cat([whole.indices(task, u) for u in who])
-        labels, self.partition = self.dataset.train_labels[mine].cpu().numpy(), whole
+        return accuracy(self.probabilities(mine, task, True), self.dataset.train_labels[mine].cpu().numpy())
+
+    def relearn(self, who: Sequence[int], whole: Partition, goal: float, most: int) -> int | None:
+        """Rounds of one epoch until clients that train alone have ``goal`` % (:meth:`accuracy_of`).
+
+        None: more than ``most``, or they have no images to train on.
+        """
+        task, self.partition = self.dataset.n_train_tasks - 1, whole
         self.args.n_epochs, self.args.given = 1, {*self.args.given, "n_epochs"}
         self.model._current_task = task  # which goes on
         with self.engine() as engine:
             group = Clients([u for u in who if len(whole.indices(task, u))], engine, self.ledger, task)
             for done in range(most + 1 if len(group) else 0):
-                if accuracy(self.probabilities(mine, task, True), labels) >= goal:
+                if done > 0:
+                    self.model.more_rounds(group, 1, "relearn")
+                    self._said.clear()
+                if self.accuracy_of(who, whole) >= goal:
                     return done
-                self.model.more_rounds(group, int(done < most), "relearn")
-                self._said.clear()
         return None
 
     @torch.no_grad()
@@ -432,8 +433,9 @@ def forget_one(args, record, request, original: Stage) -> dict:
         up, down, known = made.ledger.uplink, made.ledger.downlink, len(made.ledger)
         if again:  # who left first makes no difference
             made.replay(who, original)
-        for step in () if again else request:
-            made.forget(step)
+        else:
+            for step in request:
+                made.forget(step)
         made.recover(args.recover_rounds)
         spent = {
             "rounds": rounds_of(made.ledger.rows(known), getattr(made.model, "TRAINING", ("local_update",))),
@@ -495,13 +497,14 @@ def relearning(args, original: Stage, made: Stage, gold: Stage | None, who: Sequ
 
     The fewer V needs beside R, the more of them it has kept. Changes both models: nothing is measured afterwards.
     """
-    whole, task = original.partition, original.dataset.n_train_tasks - 1
-    mine = torch.cat([whole.indices(task, u) for u in who])
-    labels = original.dataset.train_labels[mine].cpu().numpy()
-    goal = accuracy(original.probabilities(mine, task, True), labels)
-    stages = {"relearn": made, "R_relearn": gold} if gold is not None and gold is not made else {"relearn": made}
-    rounds = {n: stage.relearn(whole, who, goal, args.relearn_rounds) for n, stage in stages.items()}
-    return {"R_relearn": rounds["relearn"], **rounds} if gold is made else rounds
+    whole = original.partition
+    goal = original.accuracy_of(who, whole)
+    found = {"relearn": made.relearn(who, whole, goal, args.relearn_rounds)}
+    if gold is made:  # the way is retraining itself
+        found["R_relearn"] = found["relearn"]
+    elif gold is not None:
+        found["R_relearn"] = gold.relearn(who, whole, goal, args.relearn_rounds)
+    return found
 
 
 def distances(made: Stage, original: Stage, golds: list[Stage]) -> dict:

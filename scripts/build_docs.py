@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import pandas as pd
 
-from scripts.pocket_report import RECORD, TITLES, commits
+from scripts.pocket_report import RECORD, TITLES, commits, spread
 from utils.args import HerdParser, add_general_args, add_method_args
 from utils.errors import UserError
 from utils.files import replacing
@@ -124,13 +124,6 @@ def pocket(name: str, record: pd.DataFrame) -> list[str]:
         measured = [spread(runs[metric]) for metric in ("faa", "forgetting", "faa_task_il", "uplink_mb")]
         lines.append(cells(*where, *measured, commits(runs)))
     return [*lines, ""]
-
-
-def spread(values: pd.Series) -> str:
-    values = values.dropna()
-    if values.empty:
-        return "-"
-    return f"{values.mean():.1f}" + (f" ± {values.std():.1f}" if len(values) > 1 else "")
 
 
 def documented(module: ast.Module) -> list[tuple[str, str]]:

@@ -95,13 +95,6 @@ def table(dataset: str, beta: float, rows: list[str] | None, bias: bool) -> str:
     if mine.empty:
         raise UserError(f"docs/pocket.csv has no run of {dataset} at {beta}: run scripts/pocket_table.sh, then collect")
 
-    def cell(values: pd.Series, scale: float = 1.0, digits: int = 1) -> str:
-        values = values.dropna() * scale
-        if values.empty:
-            return "-"
-        spread = f" ± {values.std():.{digits}f}" if len(values) > 1 else ""
-        return f"{values.mean():.{digits}f}{spread}"
-
     head = [dataset, "seeds", "FAA %", "forgetting", "task-IL %"]
     head += ["incremental bias %", "federated bias %"] if bias else []
     head += ["MB up", "MB down", "CPU s", "commit"]
@@ -109,12 +102,20 @@ def table(dataset: str, beta: float, rows: list[str] | None, bias: bool) -> str:
     order = mine.groupby("row")["faa"].mean().sort_values(ascending=False).index
     for row in order:
         runs = mine[mine["row"] == row]
-        cells = [TITLES.get(row, row), str(len(runs)), *(cell(runs[m]) for m in ("faa", "forgetting", "faa_task_il"))]
-        cells += [cell(runs[m], 100) for m in ("incremental_bias", "federated_bias")] if bias else []
+        cells = [TITLES.get(row, row), str(len(runs)), *(spread(runs[m]) for m in ("faa", "forgetting", "faa_task_il"))]
+        cells += [spread(100 * runs[m]) for m in ("incremental_bias", "federated_bias")] if bias else []
         cells += [f"{runs[m].mean():.1f}" if runs[m].notna().any() else "-" for m in ("uplink_mb", "downlink_mb")]
         cpu = runs["train_cpu_seconds"].dropna()
         lines.append("| " + " | ".join([*cells, f"{cpu.mean():.0f}" if len(cpu) else "-", commits(runs)]) + " |")
     return "\n".join(lines)
+
+
+def spread(values: pd.Series, digits: int = 1) -> str:
+    """Mean ± sample deviation of what is known; without a deviation for one value."""
+    values = values.dropna()
+    if values.empty:
+        return "-"
+    return f"{values.mean():.{digits}f}" + (f" ± {values.std():.{digits}f}" if len(values) > 1 else "")
 
 
 def commits(runs: pd.DataFrame) -> str:

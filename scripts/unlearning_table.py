@@ -18,10 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import pandas as pd
 
+from scripts.pocket_report import ROOT, spread
 from utils.compare import load_runs
 from utils.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "docs" / "unlearning.csv"
 MODEL = ["model", "regime"]
 WAY = [*MODEL, "method", "sata_lambda", "sata_renorm", "recover_rounds"]
@@ -95,21 +95,15 @@ def table(dataset: str, tasks: str, beta: float) -> str:
     head = [f"{dataset}, {tasks}, {beta:g}", "n", "mean gap", *(title for title, _ in SHOWN.values())]
     lines = ["| " + " | ".join([*head, "rounds", "MB up", "s"]) + " |", "|---|" + "---:|" * (len(head) + 2)]
 
-    def cell(values: pd.Series, digits: int) -> str:
-        values = values.dropna()
-        if values.empty:
-            return "-"
-        return f"{values.mean():.{digits}f}" + (f" ± {values.std():.{digits}f}" if len(values) > 1 else "")
-
     groups = sorted(rows.groupby(WAY, dropna=False), key=lambda g: (g[1]["avg_gap"].mean(), name(g[0])))
     for way, mine in groups:
-        cells = [name(way), str(len(mine)), cell(mine["avg_gap"], 1)]
-        cells += [cell(mine[c], digits) for c, (_, digits) in SHOWN.items()]
+        cells = [name(way), str(len(mine)), spread(mine["avg_gap"])]
+        cells += [spread(mine[c], digits) for c, (_, digits) in SHOWN.items()]
         lines.append("| " + " | ".join([*cells, *(f"{mine[c].mean():.1f}" for c in COSTS)]) + " |")
     lines += ["", "| what R and O are | R: forgotten % | retained % | test % | O: forgotten % | retained % | test % |"]
     lines += ["|---|" + "---:|" * 6]
     for key, mine in rows.drop_duplicates(["seed", "client", *MODEL]).groupby(MODEL, dropna=False):
-        figures = [cell(mine[prefix + k], 1) for prefix in ("R_", "O_") for k in ("FA", "RA", "TA")]
+        figures = [spread(mine[prefix + k]) for prefix in ("R_", "O_") for k in ("FA", "RA", "TA")]
         lines.append("| " + " | ".join([", ".join(str(k) for k in key if k == k), *figures]) + " |")
     return "\n".join(lines)
 

@@ -1,26 +1,20 @@
 """The record of pocket runs: what is in it, what replaces what, and the numbers of its tables."""
 
-import importlib.util
 import re
 import statistics
-from pathlib import Path
 
 import pytest
 
+from scripts import pocket_report
 from tests.helpers import run
 from utils.errors import UserError
-from utils.registry import scan
-
-FILE = Path(__file__).resolve().parents[1] / "scripts" / "pocket_report.py"
+from utils.registry import ROOT, scan
 
 
 @pytest.fixture
 def report(tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("pocket_report", FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "RECORD", tmp_path / "pocket.csv")
-    return module
+    monkeypatch.setattr(pocket_report, "RECORD", tmp_path / "pocket.csv")
+    return pocket_report
 
 
 def test_a_row_over_seeds(report, tmp_path, monkeypatch):
@@ -55,7 +49,7 @@ def test_a_row_over_seeds(report, tmp_path, monkeypatch):
 def test_every_row_has_a_title_and_the_record_fits(report):
     rows = report.rows_by_flags()
     assert set(rows.values()) == set(report.TITLES) and rows["--model fedavg --model_config head --fl"] == "head"
-    committed = FILE.parents[1] / "docs" / "pocket.csv"
+    committed = ROOT / "docs" / "pocket.csv"
     import pandas as pd
 
     record = pd.read_csv(committed)
@@ -71,7 +65,7 @@ def test_runs_of_no_row_are_refused(report, tmp_path):
 
 def test_every_method_is_in_the_suite():
     """Whatever is in models/ is run by one of the scripts that scripts/pocket_suite.sh calls."""
-    scripts = FILE.parent
+    scripts = ROOT / "scripts"
     called = re.findall(r"bash scripts/(\w+\.sh)", (scripts / "pocket_suite.sh").read_text().partition("began=")[2])
     assert len(called) == 4
     text = "".join((scripts / name).read_text() for name in [*called, "pocket_methods.sh"])

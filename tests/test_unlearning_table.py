@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import pandas as pd
 import pytest
 
+from scripts import unlearning_table
 from tests.helpers import run
 from utils.errors import UserError
-
-FILE = Path(__file__).resolve().parents[1] / "scripts" / "unlearning_table.py"
 
 
 @pytest.fixture
 def record(tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("unlearning_table", FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "RECORD", tmp_path / "unlearning.csv")
-    return module
+    monkeypatch.setattr(unlearning_table, "RECORD", tmp_path / "unlearning.csv")
+    return unlearning_table
 
 
 def made(record, **given):

@@ -6,6 +6,7 @@ import csv
 import re
 import sys
 import textwrap
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -233,17 +234,23 @@ def padded(stack: list[np.ndarray]) -> np.ndarray:
     return np.stack([np.pad(v, [(0, n - k) for n, k in zip(shape, v.shape)], constant_values=np.nan) for v in stack])
 
 
+def _readable(runs: DataFrame, read: Callable) -> Iterator:
+    """What ``read`` finds in the folder of each run; a note for those where it cannot."""
+    for run_dir in runs["path"]:
+        try:
+            found = read(run_dir)
+        except UserError as error:
+            note(f"left out of the plot: {error}")
+            continue
+        yield found
+
+
 def _matrices(runs: DataFrame) -> np.ndarray:
     """The class-il accuracy matrices of the runs, (seeds, T, T); of joint training (seeds, 1, T); (0,) without any."""
     import numpy as np
 
     stack = []
-    for run_dir in runs["path"]:
-        try:
-            matrices = read_accuracy(run_dir)
-        except UserError as error:
-            note(f"left out of the plot: {error}")
-            continue
+    for matrices in _readable(runs, read_accuracy):
         stack += [matrices["class-il"]] if "class-il" in matrices else list(matrices.values())[:1]
     return padded(stack) if stack else np.empty(0)
 
@@ -276,15 +283,11 @@ def _bytes(runs: DataFrame) -> np.ndarray:
     """MB sent and accuracy at the evaluations of the runs, (seeds, evaluations, 2); (0,) without any."""
     import numpy as np
 
-    stack = []
-    for run_dir in runs["path"]:
-        try:
-            rounds = read_rounds(run_dir)
-        except UserError as error:
-            note(f"left out of the plot: {error}")
-            continue
-        if "uplink_mb" in rounds and rounds["uplink_mb"].notna().any():
-            stack.append(rounds[["uplink_mb", "faa"]].to_numpy())
+    stack = [
+        rounds[["uplink_mb", "faa"]].to_numpy()
+        for rounds in _readable(runs, read_rounds)
+        if "uplink_mb" in rounds and rounds["uplink_mb"].notna().any()
+    ]
     return padded(stack) if stack else np.empty(0)
 
 
