@@ -367,7 +367,7 @@ def disentanglement(method, dataset, pair: tuple[int, int], folder: Path) -> flo
     )
     from matplotlib.figure import Figure
 
-    fig = Figure(figsize=(4.4, 3.6), layout="constrained")
+    fig = Figure(figsize=(4.8, 3.6), layout="constrained")  # a square, its labels and the bar
     ax = fig.subplots()
     shown = ax.imshow(
         100 * error.T, origin="lower", extent=(-3.25, 3.25, -3.25, 3.25), vmin=0, vmax=200, cmap="viridis"
