@@ -9,12 +9,14 @@ from collections import Counter
 from functools import cache
 from pathlib import Path
 
+import pytest
 import torch
 
 import main
 from datasets.utils.continual_dataset import BatchLoader
 from federated.client import Client
 from models import get_model_class, get_model_names
+from models.utils.federated_model import FederatedModel
 from utils import checkpoints
 from utils.args import parse_args
 from utils.errors import UserError
@@ -193,3 +195,29 @@ class Mortal:
             of_kind = [m for m in self.moments if m[2] == kind]
             chosen.update(rng.sample(of_kind, min(each, len(of_kind))))
         return sorted(chosen, key=self.moments.index)
+
+
+def die_and_go_on(mortal: Mortal, argv: list[str], tmp_path: Path, each: int = 1, kinds=None) -> None:
+    """Run once undisturbed and once dying at many moments; compare."""
+    calm, hard = tmp_path / "calm", tmp_path / "hard"
+    assert mortal.run(argv, calm) == 0
+    for moment in mortal.some_moments(" ".join(argv), each, kinds):
+        code = mortal.run(argv, hard, "--loadcheck=auto", die_at=moment)
+        assert code is None, f"{moment} never came"
+    assert mortal.run(argv, hard, "--loadcheck=auto") == 0
+    (done,) = finished(hard)
+    assert [f for f in folders(hard) if (f / "checkpoint" / "last.safetensors").exists()] == [done], "it began anew"
+    assert_same_run(only_folder(calm), done)
+
+
+def stands_for_central(cls) -> bool:
+    return cls.NAME == "dolfin" or cls.CENTRAL_ONLY or not issubclass(cls, FederatedModel)
+
+
+# Without --fl a federated method is the same simulation with one client: DOLFIN stands for all of them.
+CASES = [
+    pytest.param(model, fl, id=f"{model}{'-fl' if fl else ''}")
+    for model in get_model_names()
+    for fl in (False, True)
+    if (not get_model_class(model).CENTRAL_ONLY if fl else stands_for_central(get_model_class(model)))
+]

@@ -7,7 +7,8 @@ from the same weights, must learn the same: ``differs`` is the norm of the diffe
 most 1e-3, or 0.1 in half precision, where the order of additions shows).
 
     cpu      vit-pocket with LoRA, head rows and DOLFIN, for each of ``--threads``
-    cuda     ViT-B/16 at 224 pixels with LoRA of rank 16 on qkv, 10 clients with batches of 16, in bf16 and in fp32
+    cuda     ViT-B/16 at 224 pixels with LoRA of rank 16 on qkv, 10 clients with batches of 16, in bf16 and in fp32, and
+             all weights of vit-pocket, which are mapped (vmap) where adapters are folded into one batch
 
 Images are random bytes put where the data set looks for its arrays, and weights are random: nothing is downloaded. Time
 is that of ``server.round``: messages, batches (with CIFAR's enlargement and augmentation), training, mean. Minimum and
@@ -18,8 +19,8 @@ building, evaluation, statistics before the rounds, files, transfers between mac
 
 Model-FLOPs utilisation (GPU only): FLOPs of the frozen network's forward pass as ``torch.utils.flop_counter`` counts
 them (a multiply-add is two), times the passes that training needs - 2 with LoRA on frozen weights: one forward, one
-backward through the activations; 1 for head rows - times images per second, over the GPU's dense peak for the precision
-(``--peak_tflops`` for a GPU that PEAKS does not know). Adapters and augmentation count as no FLOPs.
+backward through the activations; 1 for head rows; 3 for all weights - times images per second, over the GPU's dense peak
+for the precision (``--peak_tflops`` for a GPU that PEAKS does not know). Adapters and augmentation count as no FLOPs.
 
     python scripts/bench/batched.py --out batched.csv
     python scripts/bench/batched.py --device cuda --out batched_gpu.csv
@@ -40,6 +41,7 @@ CASES = {  # name: (kind of device that has it by default, flags, passes that tr
     "vit-pocket lora": ("cpu", f"{POCKET} --model fedavg --tuning lora", 2),
     "vit-pocket head": ("cpu", f"{POCKET} --model fedavg --tuning head", 1),
     "vit-pocket dolfin": ("cpu", f"{POCKET} --model dolfin", 2),
+    "vit-pocket whole": ("cuda", f"{POCKET} --model fedavg", 3),
     "vit lora bf16": ("cuda", f"{VIT} --precision bf16", 2),
     "vit lora fp32": ("cuda", f"{VIT} --precision fp32", 2),
 }
