@@ -73,7 +73,7 @@ class Ledger:
         }
 
     def load(self, state: dict) -> None:
-        self._blocks, self._latest, self.calls = [state["rows"]], [], list(state["calls"])
+        self._blocks, self._latest, self.calls = [state["rows"].cpu()], [], list(state["calls"])
         self.held = state["held"]
         self.uplink, self.downlink = state["uplink"], state["downlink"]
 

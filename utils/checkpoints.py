@@ -72,6 +72,7 @@ class Writer:
         self.baseline, self.net = baseline or {}, nets[0] if nets else None
         self.seen: dict[int, tuple[str, object]] = {}  # with the object, so that no other gets its id
         self.of_net = {id(p): (i, name) for i, net in enumerate(nets) for name, p in net.named_parameters()}
+        self.device = next((p.device for net in nets for p in net.parameters()), torch.device("cpu"))
 
     def tensor(self, value: torch.Tensor, path: str) -> str:
         while path in self.tensors:  # {1: a, "1": b}
@@ -92,7 +93,8 @@ class Writer:
         if isinstance(value, nn.Parameter):
             return {"param": self.tensor(value, path), "grad": value.requires_grad}
         if isinstance(value, torch.Tensor):
-            return {"tensor": self.tensor(value, path), "grad": value.requires_grad and value.is_leaf}
+            stays = {"host": True} if value.device.type == "cpu" != self.device.type else {}
+            return {"tensor": self.tensor(value, path), "grad": value.requires_grad and value.is_leaf, **stays}
         if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
             return {"ndarray": self.tensor(torch.from_numpy(np.array(value)), path)}
         if isinstance(value, np.generic):
@@ -183,8 +185,8 @@ class Reader:
         if kind == "param":
             return nn.Parameter(self.tensors[body].to(self.device), requires_grad=spec["grad"])
         if kind == "tensor":
-            t = self.tensors[body].to(fresh.device if isinstance(fresh, torch.Tensor) else self.device)
-            return t.requires_grad_(spec["grad"])
+            device = fresh.device if isinstance(fresh, torch.Tensor) else "cpu" if "host" in spec else self.device
+            return self.tensors[body].to(device).requires_grad_(spec["grad"])
         if kind == "ndarray":
             return self.tensors[body].numpy()
         if kind == "np":

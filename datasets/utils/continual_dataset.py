@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from datasets.utils import configured, seeded, stratified_split
-from datasets.utils.transforms import BatchTransform, Compose, Denormalize, Draws, Normalize, Resize, send, to_float
+from datasets.utils.transforms import (
+    BatchTransform,
+    Compose,
+    Denormalize,
+    Draws,
+    Normalize,
+    Resize,
+    draws_nothing,
+    send,
+    to_float,
+)
 from utils.errors import UserError
 
 # (SOURCE or NAME, base_path, train) -> (images, labels): one copy per process, also for datasets that share files
@@ -305,9 +316,8 @@ class ContinualDataset:
         Args:
             parts: (indices, generator) of each client, as for :meth:`loader`; the largest clients first.
         """
-        indices = torch.cat([i for i, _ in parts])
-        view = SampleView(self, indices, task, True, None, device, "train")
-        return ManyLoader(view, [(len(i), g) for i, g in parts], batch_size)
+        views = [SampleView(self, indices, task, True, generator, device, "train") for indices, generator in parts]
+        return ManyLoader(views, batch_size)
 
     # ---- transforms
     def _normalize(self) -> list[Normalize]:
@@ -371,6 +381,9 @@ class SampleView:
     Setting ``view.logits``, or an attribute named in ``view.extra_return_fields``, to a tensor with a row per sample
     adds it to what the loader yields. ``data`` and ``targets`` may be replaced (uint8 (N, C, H, W), integers (N,)), as
     methods that replay whole datasets do.
+
+    Where nothing is drawn, an image looks the same every time. The inputs of such a batch have the attribute ``shown``,
+    [(view, positions in it), ...] in the batch's order, for those who keep what they have computed of an image.
     """
 
     def __init__(self, source: ContinualDataset, indices, task: int, train: bool, generator, device, split: str):
@@ -397,6 +410,17 @@ class SampleView:
             if taught is None
             else taught[self.indices[positions]]
         )
+
+    @property
+    def always_the_same(self) -> bool:
+        """Whether every image looks the same every time: in tests, and in training without augmentation."""
+        usual = self.source.get_transform() if self.train else self.source.get_test_transform()
+        return self._own_data is None and self.transform is usual and draws_nothing(usual)
+
+    @cached_property
+    def fingerprint(self) -> tuple:
+        """What tells the images of this view, as they are shown, from those of another of the same data set."""
+        return self.split, self.task, repr(self.transform), self.indices.numpy().tobytes()
 
     def images(self, positions: Tensor | slice = slice(None)) -> Tensor:
         """Raw uint8 (n, C, H, W) images, where the dataset keeps them; before ``task_images``."""
@@ -446,11 +470,15 @@ class SampleView:
         not_aug = to_float(self._as_shown(self.images(positions).to(self.device, non_blocking=True), positions))
         labels = send(self.labels(positions), self.device)
         if not self.train:
-            return self.transform(not_aug), labels
-        if isinstance(self.transform, Compose | BatchTransform):
+            inputs = self.transform(not_aug)
+        elif isinstance(self.transform, Compose | BatchTransform):
             inputs = self.transform(not_aug, self.generator)
         else:  # a method has put a torchvision transform of its own here
             inputs = torch.stack([self.transform(image) for image in not_aug])
+        if self.always_the_same:
+            inputs.shown = [(self, positions)]
+        if not self.train:
+            return inputs, labels
         extra = (torch.as_tensor(getattr(self, name)) for name in self.extra_fields())
         return inputs, labels, not_aug, *(e[positions.to(e.device)].to(self.device) for e in extra)
 
@@ -494,26 +522,28 @@ class ManyLoader:
     Each client's samples, order and augmentation are those of a loader of its own with its generator.
     """
 
-    def __init__(self, dataset: SampleView, parts: list[tuple[int, torch.Generator]], batch_size: int):
-        lengths = [n for n, _ in parts]
+    def __init__(self, views: list[SampleView], batch_size: int):
+        lengths = [len(view) for view in views]
         if sorted(lengths, reverse=True) != lengths:
             raise ValueError(
                 f"the largest clients come first, so that those with a batch left are the first: {lengths}"
             )
-        self.dataset, self.parts, self.batch_size = dataset, parts, batch_size
+        self.views, self.batch_size = views, batch_size
+        first, indices = views[0], torch.cat([view.indices for view in views])
+        self.dataset = SampleView(first.source, indices, first.task, first.train, None, first.device, first.split)
 
     def __len__(self) -> int:
         """Batches of the client that has most."""
-        return -(-self.parts[0][0] // self.batch_size)
+        return -(-len(self.views[0]) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-        offset, orders = 0, []
-        for n, generator in self.parts:
-            orders.append((self.dataset.order(n, generator) + offset).split(self.batch_size))
-            offset += n
+        orders = [view.order(len(view), view.generator).split(self.batch_size) for view in self.views]
+        offsets = torch.tensor([0, *map(len, self.views)]).cumsum(0).tolist()
         for j in range(len(self)):
             mine = [batches[j] for batches in orders if j < len(batches)]
             sizes = [len(positions) for positions in mine]
-            self.dataset.generator = Draws([(g, n) for (_, g), n in zip(self.parts, sizes)])
-            inputs, labels, *_ = self.dataset.batch(torch.cat(mine))
+            self.dataset.generator = Draws([(view.generator, n) for view, n in zip(self.views, sizes)])
+            inputs, labels, *_ = self.dataset.batch(torch.cat([p + offset for p, offset in zip(mine, offsets)]))
+            if self.dataset.always_the_same:
+                inputs.shown = list(zip(self.views, mine))
             yield sizes, inputs, labels

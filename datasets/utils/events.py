@@ -115,7 +115,7 @@ class Scale(BatchTransform):
     ``count``: as they are. ``max``: divided by the largest of the recording. ``log``: log(1 + count).
     """
 
-    pointwise = True
+    pointwise, draws = True, False
 
     def __init__(self, how: str):
         self.how = how
@@ -136,7 +136,7 @@ class Rebin(BatchTransform):
         ValueError: neither of T and ``steps`` divides the other.
     """
 
-    pointwise = True
+    pointwise, draws = True, False
 
     def __init__(self, steps: int, how: str):
         self.steps, self.how = steps, how

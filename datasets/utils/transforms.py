@@ -77,6 +77,7 @@ class BatchTransform:
     """Base: a single image is a batch of one, frames (B, T, C, H, W) are treated alike. Subclasses write ``apply``."""
 
     pointwise = False  # whether apply takes (..., C, H, W)
+    draws = True  # whether apply takes anything from the generator
 
     def __call__(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         if x.dim() == 5 and not self.pointwise:
@@ -112,10 +113,17 @@ class Compose:
         return f"Compose({self.transforms})"
 
 
+def draws_nothing(transform: Callable) -> bool:
+    """Whether a transform is known to show an image in the same way every time."""
+    if isinstance(transform, Compose):
+        return all(map(draws_nothing, transform.transforms))
+    return isinstance(transform, BatchTransform) and not transform.draws
+
+
 class Normalize(BatchTransform):
     """``(x - mean) / std`` per channel; uint8 is brought to [0, 1] first."""
 
-    pointwise = True
+    pointwise, draws = True, False
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
         self.mean, self.std = tuple(mean), tuple(std)
@@ -128,7 +136,7 @@ class Normalize(BatchTransform):
 class Denormalize(BatchTransform):
     """The inverse of :class:`Normalize`."""
 
-    pointwise = True
+    pointwise, draws = True, False
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
         self.mean, self.std = tuple(mean), tuple(std)
@@ -140,6 +148,8 @@ class Denormalize(BatchTransform):
 class Resize(BatchTransform):
     """torchvision's antialiased resize. An int is the length of the shorter side, a pair is (height, width)."""
 
+    draws = False
+
     def __init__(self, size: int | Sequence[int], interpolation: InterpolationMode = BILINEAR):
         self.size, self.interpolation = size, interpolation
 
@@ -150,6 +160,8 @@ class Resize(BatchTransform):
 
 class CenterCrop(BatchTransform):
     """The middle ``size``; a smaller image is padded with zeros, as in torchvision."""
+
+    draws = False
 
     def __init__(self, size: int | Sequence[int]):
         self.size = _pair(size)

@@ -46,12 +46,13 @@ class Stack:
     """K copies of what a worker trains, in tensors with a leading client dimension.
 
     Attributes:
-        values: {name: (K, ...)}. of: for each client {name: parameter}, views of its slices.
+        values: {name: (K, ...)}, contiguous. of: for each client {name: parameter}, views of its slices.
     """
 
     def __init__(self, worker, clients: int) -> None:
         trained, self.places = worker.trainable(), worker.places()
-        self.values = {n: p.detach().expand(clients, *p.shape).clone() for n, p in trained.items()}
+        one = torch.contiguous_format
+        self.values = {n: p.detach().expand(clients, *p.shape).clone(memory_format=one) for n, p in trained.items()}
         self.of = [{n: nn.Parameter(v[k]) for n, v in self.values.items()} for k in range(clients)]
 
     def leaves(self, clients: int) -> dict[str, Tensor]:
@@ -237,6 +238,8 @@ class BatchedEngine(Engine):
                     break
                 active = tuple(clients[: len(sizes)])
                 losses, grads = gradients(stack, active, sizes, inputs, labels, [s for _, _, s in learners])
+                # autograd's may be transposed; a fused optimiser wants them as the tensors are
+                grads = {n: None if g is None else g.contiguous() for n, g in grads.items()}
                 if (epoch, j) == proof:
                     self._compare(stack, active, sizes, inputs, labels, grads, learners[0][2])
                 total[: len(active)] += losses

@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from datasets.utils.transforms import send
 from models.utils.head_rows import HeadRowsModel
 from utils.args import flag01
 from utils.errors import UserError
+from utils.evaluate import EVAL_BATCH
 
 
 def add_vote_arg(parser) -> None:
@@ -31,13 +33,14 @@ class PromptMethod(HeadRowsModel):
 
     Attributes:
         TRAINED: attributes that hold modules to train. GRAFTED: attributes that hold prompts, which the query does
-        without.
+        without. KEEPS_QUERIES: whether queries of images that always look the same are computed once.
     """
 
     COMPATIBILITY = ["class-il", "domain-il", "task-il"]
     FEDERATED_ONLY = False
     TRAINED: tuple[str, ...] = ()
     GRAFTED: tuple[str, ...] = ()
+    KEEPS_QUERIES = True
 
     def __init__(self, backbone, loss, args, transform, dataset=None):
         if not hasattr(backbone, "patch_embed"):
@@ -64,9 +67,38 @@ class PromptMethod(HeadRowsModel):
         mine = {f"{m}.{n}": p for m, module in modules.items() for n, p in module.named_parameters() if p.requires_grad}
         return {**mine, **super().trainable()}
 
+    def begin_task(self, dataset) -> None:
+        super().begin_task(dataset)
+        here = self.current_task  # training images of other tasks do not come again
+        self._own_queries = {key: q for key, q in self.queries().items() if key[0] == "test" or key[1] == here}
+
+    def queries(self) -> dict[tuple, Tensor]:
+        """Queries (n, d) that are kept, by the fingerprint of the view whose images they are of."""
+        return self.__dict__.setdefault("_own_queries", {})
+
     @torch.no_grad()
     def query(self, x: Tensor) -> Tensor:
-        """q(x) (B, d): the features of the network without prompts."""
+        """q(x) (B, d): the features of the network without prompts, which are never trained.
+
+        Images that always look the same (``shown``: in tests, and in training without augmentation) are embedded once,
+        all of a client's or of a test set in their order: a query does not depend on the batch in which it is asked
+        for, so neither the engine nor a resumed run changes it.
+        """
+        shown = getattr(x, "shown", None)
+        if not self.KEEPS_QUERIES or shown is None:
+            return self.embed(x)
+        return torch.cat([self.queries_of(view)[send(positions, x.device)] for view, positions in shown])
+
+    def queries_of(self, view) -> Tensor:
+        """The queries (n, d) of all images of a loader's view."""
+        kept = self.queries()
+        if view.fingerprint not in kept:
+            batches = torch.arange(len(view)).split(EVAL_BATCH)
+            kept[view.fingerprint] = torch.cat([self.embed(view.batch(positions)[0]) for positions in batches])
+        return kept[view.fingerprint]
+
+    def embed(self, x: Tensor) -> Tensor:
+        """The query, computed."""
         with ExitStack() as stack:
             for name in self.GRAFTED:
                 stack.enter_context(getattr(self, name).disabled())

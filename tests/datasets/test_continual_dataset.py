@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from datasets.utils.continual_dataset import _ARRAYS
-from datasets.utils.transforms import Normalize, RandomHorizontalFlip
+from datasets.utils.transforms import Compose, Normalize, RandomHorizontalFlip
 from utils.errors import UserError
 
 
@@ -299,4 +299,42 @@ def test_on_the_device_or_not_the_batches_are_the_same(toy):
     resident = list(d.loader(d.task_indices(0), 0, 32, True, gen(0), device="cuda"))
     for a, b, c in zip(cpu, cuda, resident):
         for x, y, z in zip(a, b, c):
-            assert y.is_cuda and z.is_cuda and torch.allclose(x, y.cpu()) and torch.equal(y, z)
+            assert y.is_cuda and z.is_cuda and torch.equal(y, z)
+            torch.testing.assert_close(x, y.cpu(), rtol=1e-5, atol=1e-6)  # x / 255 may be x times 1 / 255
+
+
+def test_where_batches_come_from_that_look_the_same_every_time(toy, toy_domains):
+    for d in (toy(), toy_domains()):
+        for train, split in ((True, "train"), (False, "train"), (False, "test")):
+            for inputs, *_ in d.loader(d.task_indices(1, split == "train"), 1, 32, train, gen(0), split=split):
+                ((view, positions),) = inputs.shown
+                assert torch.equal(view.batch(positions)[0], inputs)
+    parts = [(torch.arange(7), gen(1)), (torch.arange(20, 25), gen(2))]
+    for sizes, inputs, _ in d.loader_of_many(parts, 1, 3):
+        assert [len(positions) for _, positions in inputs.shown] == sizes
+        assert torch.equal(torch.cat([view.batch(positions)[0] for view, positions in inputs.shown]), inputs)
+
+    def fingerprint(indices, task=1, train=True, split="train"):
+        return next(iter(d.loader(indices, task, 3, train, gen(0), split=split)))[0].shown[0][0].fingerprint
+
+    mine = fingerprint(torch.arange(7))
+    assert mine == fingerprint(torch.arange(7)) == fingerprint(torch.arange(7), train=False), "the same transform"
+    others = [
+        fingerprint(torch.arange(1, 8)),
+        fingerprint(torch.arange(7), 2),
+        fingerprint(torch.arange(7), split="test"),
+    ]
+    assert len({mine, *others}) == 4
+
+
+def test_batches_that_may_look_different_do_not_say_where_they_come_from(toy):
+    d = toy()
+    loader = d.loader(torch.arange(9), 0, 4, False, split="train")
+    loader.dataset.transform = lambda images: images
+    assert not any(hasattr(x, "shown") for x, *_ in loader)
+    loader = d.loader(torch.arange(9), 0, 4, True)
+    loader.dataset.data = loader.dataset.data.flip(0)  # replaced by a method
+    assert not any(hasattr(x, "shown") for x, *_ in loader)
+    d._transforms[True] = Compose([RandomHorizontalFlip(), Normalize(d.MEAN, d.STD)])
+    assert not any(hasattr(x, "shown") for x, *_ in d.loader(torch.arange(9), 0, 4, True))
+    assert not any(hasattr(x, "shown") for _, x, _ in d.loader_of_many([(torch.arange(9), gen(0))], 0, 4))

@@ -19,6 +19,7 @@ from datasets.utils.transforms import (
 from federated.engines import batched as module
 from federated.engines.batched import BatchedEngine
 from models.fedavg import FedAvg
+from models.utils.federated_model import FederatedModel
 from tests.helpers import federated_names, only_folder, run, small_args
 from tests.rig import Rig
 from utils.conf import make_generator
@@ -165,6 +166,20 @@ def test_every_client_has_an_optimiser_of_its_own(both, tuning, optimiser):
     sizes = stacked.partition.sizes(0)
     assert max(sizes) > 3 * min(sizes) and any(n % 8 for n in sizes)
     assert far(state(serial), state(stacked)) <= 1e-9
+
+
+@pytest.mark.parametrize("flags", [LORA, f"--model fedavg --tuning full {SHORT} --clients_per_batch 3"])
+def test_gradients_lie_as_their_tensors_do(rig, monkeypatch, flags):
+    """Fused optimisers, which a GPU uses, refuse others."""
+    lie, descend = set(), FedAvg.descend
+
+    def watched(self, trained, *rest):
+        lie.update((p.stride() == p.grad.stride(), p.is_contiguous()) for p in trained.values() if p.grad is not None)
+        descend(self, trained, *rest)
+
+    monkeypatch.setattr(FederatedModel, "descend", watched)
+    rig(with_engine(flags, "batched"), rig.POCKET).run()
+    assert lie == {(True, True)}
 
 
 def test_replies_losses_and_bytes_are_the_same(rig, monkeypatch):

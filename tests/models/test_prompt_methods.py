@@ -8,12 +8,15 @@ import torch
 import torch.nn.functional as F
 
 from backbones.utils.client_batch import client_batch
+from datasets.utils.transforms import Compose, RandomHorizontalFlip
 from federated.client import Client
 from federated.message import Message
 from models.dualprompt import legacy_reshape
+from models.utils.prompt_method import PromptMethod
 from tests.federated.test_batched_engine import far, state
 from utils.args import model_config, parse_args
 from utils.errors import UserError
+from utils.evaluate import evaluating
 
 D, DEPTH, CLASSES = 128, 4, 2  # of the pocket transformer and of a task of seq-digits
 METHODS = ("l2p", "dualprompt", "coda_prompt")
@@ -497,3 +500,62 @@ def test_stacked_prompts_of_the_published_reshape(rig):
             worker.expert.prompts._parameters[n] = torch.stack([p, p])
         with client_batch([5, 2]):
             torch.testing.assert_close(worker.prompted(x)[0], alone, rtol=1e-4, atol=1e-5)
+
+
+# ---- queries that are kept
+
+KEEPING = [*METHODS, "hgp"]
+
+
+def keeping(model, more=""):
+    if model == "hgp":
+        return f"--model hgp {FAST} --prompt_mode pool --prompt_len 4 --n_prompts 5 --stop_after 2 {more}"
+    return flags(model, f"--stop_after 2 {more}")
+
+
+def learned(r):
+    return {**{n: p.detach() for n, p in r.model.trainable().items()}, "head": r.model.net.classifier.weight.detach()}
+
+
+@pytest.mark.parametrize("engine", ["serial", "batched"])
+@pytest.mark.parametrize("model", KEEPING)
+def test_an_image_is_embedded_once(rig, monkeypatch, model, engine):
+    embedded, plain = [], PromptMethod.embed
+
+    def embed(self, x):
+        embedded.extend((id(self), image.numpy().tobytes()) for image in x)
+        return plain(self, x)
+
+    monkeypatch.setattr(PromptMethod, "embed", embed)
+    more = f"--n_epochs 2 --debug_mode 0 --engine {engine}"
+    once = rig(keeping(model, more)).run()
+    tests = sum(len(once.dataset.task_indices(t, train=False)) for t in (0, 1))
+    trains = sum(len(once.dataset.task_indices(t)) for t in (0, 1))
+    # in each task an engine that stacks tries two images beforehand, and holds a batch of 8 against its client alone
+    assert tests + trains <= len(embedded) <= tests + trains + (2 * (2 + 8) if engine == "batched" else 0)
+    n, embedded[:] = len(embedded), []
+    monkeypatch.setattr(PromptMethod, "KEEPS_QUERIES", False)
+    again = rig(keeping(model, more)).run()
+    assert len(embedded) > 3 * n and len(set(embedded)) <= tests + trains
+    assert far(learned(once), learned(again)) <= 1e-4
+
+
+def test_queries_do_not_depend_on_engine_or_batch(rig):
+    one, many = (rig(keeping("l2p", more)).run() for more in ("--engine serial", "--engine batched --batch_size 5"))
+    mine, theirs = one.worker.queries(), many.worker.queries()
+    assert len(mine) == 3 and {key[1] for key in mine} == {1}, "three clients, and what is over has been dropped"
+    for key, q in mine.items():
+        assert torch.equal(q, theirs[key])
+    assert all(torch.equal(q, many.model.queries()[key]) for key, q in one.model.queries().items())
+
+
+def test_augmented_images_are_embedded_every_time(rig):
+    r = rig(keeping("l2p"))
+    plain = r.dataset.get_transform()
+    r.dataset._transforms[True] = Compose([RandomHorizontalFlip(), *plain.transforms])
+    r.run()
+    assert not r.worker.queries() and len(r.model.queries()) == 2
+    client = client_of(r, 1)
+    x = next(iter(client.train_loader()))[0]
+    with evaluating(r.worker):
+        torch.testing.assert_close(r.worker.query(x), r.worker.embed(x), rtol=0, atol=0)

@@ -233,6 +233,16 @@ def test_unchanged_weights_are_not_stored(tmp_path):
         Reader(writer.tensors).decode(spec, {"net": net(9), "teacher": net()}, "x")
 
 
+def test_what_lies_on_the_cpu_beside_a_gpu_stays_there():
+    elsewhere = net().to("meta")  # stands for a GPU
+    writer = Writer(nets=[elsewhere])
+    spec = writer.encode({"table": torch.arange(3), "nested": [torch.ones(2)]}, "x")
+    back = Reader(writer.tensors, device="meta").decode(spec)
+    assert torch.equal(back["table"], torch.arange(3)) and back["nested"][0].device.type == "cpu"
+    writer = Writer(nets=[net()])  # all on the CPU: where it belongs is up to the reader
+    assert Reader(writer.tensors, device="meta").decode(writer.encode(torch.ones(2), "x")).is_meta
+
+
 def test_loading_gives_new_tensors_where_weights_may_be_shared(tmp_path):
     mine, other = net(), net(1)
     shared = other[0].weight.data
