@@ -13,6 +13,13 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 FAR = 0.02  # of a tensor's norm: Adam turns rounding of small gradients into steps
+ELSEWHERE = {  # what makes a run on a GPU another than one on the CPU
+    "ccvr": "prototypes are drawn on the device",
+    "hgp": "prototypes are drawn on the device",
+    "slca": "prototypes are drawn on the device",
+    "sderpp": "rounding flips a spike of a stored logit",
+}
+INEXACT = {"target": "kernels of its generator add up in any order: losses differ in the last digits"}
 
 
 @pytest.fixture(autouse=True)
@@ -53,8 +60,12 @@ def test_every_method(monkeypatch, tmp_path, model, fl):
     assert mortal.run(argv, tmp_path / "hard", *hard, die_at=moment) is None
     assert mortal.run(argv, tmp_path / "hard", *hard) == 0
     (done,) = finished(tmp_path / "hard")
-    assert_same_run(only_folder(tmp_path / "gpu"), done)
-    assert_close(saved(tmp_path / "cpu"), saved(tmp_path / "gpu"))
+    if model in INEXACT:
+        assert (only_folder(tmp_path / "gpu") / "accuracy.csv").read_text() == (done / "accuracy.csv").read_text()
+    else:
+        assert_same_run(only_folder(tmp_path / "gpu"), done)
+    if model not in ELSEWHERE:
+        assert_close(saved(tmp_path / "cpu"), saved(tmp_path / "gpu"))
 
 
 @pytest.mark.usefixtures("nano")

@@ -102,8 +102,9 @@ class ScaleShift(nn.Module):
             places += [(block.norm1, d), (block.norm2, d), *((m, m.out_features) for m in linear)]
         places.append((net.norm, d))
         like = net.blocks[0].mlp.fc1.weight
-        make = {"device": like.device, "dtype": torch.promote_types(like.dtype, torch.float32)}
-        self.scale = nn.ParameterList(nn.init.normal_(torch.empty(n, **make), 1.0, 0.02) for _, n in places)
-        self.shift = nn.ParameterList(nn.init.normal_(torch.empty(n, **make), 0.0, 0.02) for _, n in places)
+        to = like.device, torch.promote_types(like.dtype, torch.float32)
+        # drawn on the CPU: a run starts alike on every device
+        self.scale = nn.ParameterList(nn.init.normal_(torch.empty(n), 1.0, 0.02).to(*to) for _, n in places)
+        self.shift = nn.ParameterList(nn.init.normal_(torch.empty(n), 0.0, 0.02).to(*to) for _, n in places)
         for i, (module, _) in enumerate(places):
             module.register_forward_hook(_Rescale(self, i))
