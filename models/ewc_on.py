@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 
+from backbones.utils.base import plain_attention
 from models.utils.continual_model import ContinualModel
 from models.utils.fisher import chunk_size, fisher_diagonal
 from utils.args import number
+from utils.evaluate import evaluating
 
 
 class EwcOn(ContinualModel):
@@ -57,8 +59,6 @@ class EwcOn(ContinualModel):
 
     def fisher(self, view) -> dict[str, torch.Tensor]:
         """mean_x p(y|x) (grad log p(y|x))^2 over the samples of ``view``, without augmentation."""
-        training = self.net.training
-        self.net.eval()
         params = {n: p for n, p in self.net.named_parameters() if p.requires_grad}
 
         def log_likelihood(params, x, y):
@@ -69,6 +69,6 @@ class EwcOn(ContinualModel):
                 _, labels, not_aug_inputs, *_ = view.batch(positions)
                 yield self.normalization_transform(not_aug_inputs), labels
 
-        total = fisher_diagonal(log_likelihood, params, batches())
-        self.net.train(training)
+        with evaluating(self.net), plain_attention(self.net):
+            total = fisher_diagonal(log_likelihood, params, batches())
         return {n: t / len(view) for n, t in total.items()}
