@@ -146,7 +146,7 @@ class SpikingResNet(Backbone):
 
 def add_args(parser: argparse.ArgumentParser) -> None:
     """The flags of the spiking backbones."""
-    from utils.args import flag01, number
+    from utils.args import add_switch, number
 
     parser.add_argument("--T", type=number(int, 1), default=4, help="time steps for which a spiking network is run")
     parser.add_argument(
@@ -156,12 +156,12 @@ def add_args(parser: argparse.ArgumentParser) -> None:
         help="when neurons fire (above the threshold, or at it too) and reset (after or before the decay): gt-post is "
         "snntorch's neuron, ge-pre SpikingJelly's",
     )
-    parser.add_argument(
-        "--fused_neuron", type=flag01, default=1, help="1: closed-form neurons, on CUDA one kernel; 0: loop over time"
+    add_switch(
+        parser, "--fused_neuron", default=1, help="1: closed-form neurons, on CUDA one kernel; 0: loop over time"
     )
-    parser.add_argument(
+    add_switch(
+        parser,
         "--stem_once",
-        type=flag01,
         default=1,
         help="1: the stem of an image is computed once for all steps; 0: at every step",
     )

@@ -34,7 +34,7 @@ from models.task_arithmetic import TaskArithmetic, merger_parser
 from models.utils.gpm import pack_triu, unpack_triu
 from models.utils.kfac import Block
 from models.utils.merging import regression_merge, scale_off_diagonal, solve_gram, wide
-from utils.args import flag01, number
+from utils.args import add_switch, number
 from utils.errors import UserError
 from utils.evaluate import evaluating
 
@@ -68,7 +68,7 @@ class Com(TaskArithmetic):
         add("--com_task_weight", choices=("none", "offdiag", "inv_offdiag"), default="none", help="lambda_i")
         add("--com_alpha", type=number(float, 0, 1), default=1.0, help="off-diagonal scaling of Gram matrices")
         add("--merge_bias", choices=("mean", "joint"), default="mean", help="joint: biases by the same regression")
-        add("--skip_identical", type=flag01, default=1, help="1: layers that no expert has changed stay")
+        add_switch(parser, "--skip_identical", default=1, help="1: layers that no expert has changed stay")
         return parser
 
     def __init__(self, backbone, loss, args, transform, dataset=None):

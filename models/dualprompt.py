@@ -27,7 +27,7 @@ from torch import Tensor
 from backbones.utils import client_batch
 from backbones.utils.prompts import PrefixPrompts, PromptKeys, cosines
 from models.utils.prompt_method import PromptMethod, add_vote_arg
-from utils.args import flag01, number
+from utils.args import add_switch, number
 from utils.errors import UserError
 
 
@@ -58,28 +58,14 @@ class DualPrompt(PromptMethod):
             default=1.0,
             help="weight of the term that pulls the task's key to queries; at 0 keys are not trained",
         )
-        add(
-            "--shared_prompt_pool",
-            type=flag01,
-            default=1,
-            nargs="?",
-            const=1,
-            help="1: an E-Prompt starts from that of the task before",
-        )
+        add_switch(parser, "--shared_prompt_pool", default=1, help="1: an E-Prompt starts from that of the task before")
         add(
             "--match",
             choices=("seen", "all"),
             default="seen",
             help="E-Prompts to choose from in testing: of tasks so far, or the whole pool",
         )
-        add(
-            "--legacy_reshape",
-            type=flag01,
-            default=0,
-            nargs="?",
-            const=1,
-            help="1: mix up prompts as published",
-        )
+        add_switch(parser, "--legacy_reshape", help="1: mix up prompts as published")
         add_vote_arg(parser)
         return parser
 

@@ -11,7 +11,7 @@ import torch
 
 from models.fedavg import FedAvg
 from models.utils.merging import task_arithmetic
-from utils.args import flag01, number
+from utils.args import add_switch, number
 
 
 class FedSum(FedAvg):
@@ -24,9 +24,7 @@ class FedSum(FedAvg):
     def get_parser(parser):
         FedAvg.get_parser(parser)
         parser.add_argument("--fedsum_lambda", type=number(float), default=0.3, help="scale of the sum of the changes")
-        parser.add_argument(
-            "--fedsum_raw", type=flag01, nargs="?", const=1, default=0, help="add raw weights, as fed-mammoth does"
-        )
+        add_switch(parser, "--fedsum_raw", help="add raw weights, as fed-mammoth does")
         return parser
 
     @torch.no_grad()

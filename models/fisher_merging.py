@@ -22,7 +22,7 @@ from federated.message import Message
 from models.task_arithmetic import TaskArithmetic, merger_parser
 from models.utils.fisher import fisher_diagonal
 from models.utils.merging import fisher_mean
-from utils.args import flag01
+from utils.args import add_switch
 from utils.evaluate import evaluating
 
 
@@ -41,7 +41,12 @@ class FisherMerging(TaskArithmetic):
             default="drawn",
             help="labels whose likelihood is differentiated: drawn from what the expert says, or the images' own",
         )
-        add("--fisher_normalize", type=flag01, default=1, help="1: the Fisher diagonal of each expert has length one")
+        add_switch(
+            merger_parser(parser, 256),
+            "--fisher_normalize",
+            default=1,
+            help="1: the Fisher diagonal of each expert has length one",
+        )
         return parser
 
     # ---------------------------------------------------------------- server

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from backbones.utils.prompts import ComponentPool, PrefixPrompts
 from models.utils.calibrated import Calibrated, add_calibration_args
 from models.utils.prompt_method import PromptMethod
-from utils.args import flag01, number
+from utils.args import add_switch, number
 from utils.errors import UserError
 
 
@@ -55,15 +55,10 @@ class Hgp(Calibrated, PromptMethod):
         )
         add("--prompt_init", choices=("unit", "zeros", "uniform", "normal"), default="unit", help="of a single prompt")
         add("--n_prompts", "--pool_size", type=number(int, 1), default=100, help="components of the pool")
-        add(
-            "--prompt_pool",
-            type=flag01,
-            default=0,
-            nargs="?",
-            const=1,
-            help="1: every task uses n_prompts / tasks components more; 0: all use the same",
+        add_switch(
+            parser, "--prompt_pool", help="1: every task uses n_prompts / tasks components more; 0: all use the same"
         )
-        add("--linear_probe", type=flag01, default=0, nargs="?", const=1, help="train the head alone before a task")
+        add_switch(parser, "--linear_probe", help="train the head alone before a task")
         add("--linear_probe_epochs", type=number(int, 1), default=5)
         add_calibration_args(parser, proto_var_scale=None, rebalance_lr=-1.0)
         return parser

@@ -26,7 +26,7 @@ import torch
 from backbones.utils.prompts import PrependPrompts, PromptPool
 from federated.message import Message
 from models.utils.prompt_method import PromptMethod, add_vote_arg
-from utils.args import flag01, number
+from utils.args import add_switch, number
 from utils.conf import make_generator
 from utils.errors import UserError
 
@@ -57,12 +57,9 @@ class L2P(PromptMethod):
             default="prompts",
             help="whose mean output is the feature: prompts (original), with class token (fm), or the network's own",
         )
-        add(
+        add_switch(
+            parser,
             "--legacy_positions",
-            type=flag01,
-            default=0,
-            nargs="?",
-            const=1,
             help="1: positions that are one token late, as in fed-mammoth; 0: prompts have the class token's",
         )
         add_vote_arg(parser)

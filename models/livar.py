@@ -40,7 +40,7 @@ from federated.message import Message
 from models.utils.calibrated import Calibrated, add_calibration_args
 from models.utils.merging import low_rank_sum, weighted_mean, wide
 from models.utils.task_lora import TaskLoRA
-from utils.args import flag01
+from utils.args import add_switch
 from utils.errors import UserError
 
 # Rows: I_B below, within, above its two thresholds; columns: I_A likewise. Released code.
@@ -163,7 +163,7 @@ class Livar(Calibrated, TaskLoRA):
             default="var",
             help="weights of clients in a row of the head",
         )
-        add("--livar_ccvr", type=flag01, default=0, nargs="?", const=1, help="calibrate the classifier after a round")
+        add_switch(parser, "--livar_ccvr", help="calibrate the classifier after a round")
         add_calibration_args(parser, rebalance_sched="cosine")
         return parser
 

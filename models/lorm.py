@@ -33,7 +33,7 @@ from models.regmean import GramModel, add_regmean_args
 from models.utils.gpm import pack_triu, unpack_triu
 from models.utils.merging import merge_layers, reduced_gram
 from models.utils.task_lora import TaskLoRA
-from utils.args import flag01, number
+from utils.args import add_switch, number
 from utils.errors import UserError
 
 
@@ -73,7 +73,7 @@ class Lorm(GramModel, TaskLoRA):
             default="individual_mean",
             help="fed-mammoth's name of what LoRM does",
         )
-        parser.add_argument("--lora_head", type=flag01, default=0, help="only 0: the head is trained as a whole")
+        add_switch(parser, "--lora_head", help="only 0: the head is trained as a whole")
         return parser
 
     def __init__(self, backbone, loss, args, transform, dataset=None):

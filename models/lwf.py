@@ -14,7 +14,7 @@ import torch
 
 from models.utils.continual_model import ContinualModel
 from models.utils.distillation import distillation
-from utils.args import flag01, number
+from utils.args import add_switch, number
 
 
 class Lwf(ContinualModel):
@@ -27,17 +27,8 @@ class Lwf(ContinualModel):
     def get_parser(parser):
         parser.add_argument("--alpha", type=number(float, 0), default=0.5, help="weight of the distillation")
         parser.add_argument("--softmax_temp", type=number(float, 0, open_low=True), default=2.0, help="temperature T")
-        parser.add_argument(
-            "--lwf_warmup", type=flag01, default=1, nargs="?", const=1, help="train the new head alone first"
-        )
-        parser.add_argument(
-            "--lwf_official",
-            type=flag01,
-            default=0,
-            nargs="?",
-            const=1,
-            help="distil the current task's columns, as fed-mammoth does",
-        )
+        add_switch(parser, "--lwf_warmup", default=1, help="train the new head alone first")
+        add_switch(parser, "--lwf_official", help="distil the current task's columns, as fed-mammoth does")
         return parser
 
     def begin_task(self, dataset) -> None:

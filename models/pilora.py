@@ -34,7 +34,7 @@ from federated.message import Message
 from models.fedavg import FedAvg, add_lora_args
 from models.utils.merging import wide
 from models.utils.prototypes import class_stats
-from utils.args import flag01, number
+from utils.args import add_switch, number
 
 
 class ClassPrototypes(nn.Module):
@@ -99,7 +99,7 @@ class Pilora(FedAvg):
         add_lora_args(parser, 4, "blocks.0.attn.qkv:q,v")
         add, weight = parser.add_argument, number(float, 0)
         add("--lr_back", type=number(float), default=-1.0, help="learning rate of LoRA; below 0: --lr")
-        add("--pilora_sqrt", type=flag01, default=0, nargs="?", const=1, help="1: the square root of distances")
+        add_switch(parser, "--pilora_sqrt", help="1: the square root of distances")
         add("--temp", type=number(float, 0, open_low=True), default=1.0, help="what distances are divided by")
         add("--pilora_pull", type=weight, default=0.001, help="weight of the distance to the prototype of the class")
         add("--pilora_ortho", type=weight, default=0.5, help="weight of the overlap with earlier tasks' A")

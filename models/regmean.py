@@ -30,7 +30,7 @@ from models.utils.federated_model import FederatedModel
 from models.utils.gpm import pack_triu, unpack_triu
 from models.utils.head_rows import HeadRowsModel
 from models.utils.merging import merge_layers, regression_merge
-from utils.args import flag01, number
+from utils.args import add_switch, number
 
 HEAD = "head"
 
@@ -46,14 +46,10 @@ def add_regmean_args(parser, backbone: float) -> None:
         default=backbone,
         help="the same for the body's; 0 sends the diagonals alone, below 0 means as the head's",
     )
-    parser.add_argument(
-        "--regmean_all", type=flag01, default=1, nargs="?", const=1, help="0: RegMean for the head, means elsewhere"
-    )
+    add_switch(parser, "--regmean_all", default=1, help="0: RegMean for the head, means elsewhere")
     parser.add_argument("--regmean_rounds", type=number(int, 1), default=1, help="passes over the data for a Gram")
     parser.add_argument("--gram_dtype", type=int, choices=(32, 64), default=32, help="bits of a client's Gram")
-    parser.add_argument(
-        "--reg_dtype_64", type=flag01, default=1, nargs="?", const=1, help="solve in float64 (0: in float32)"
-    )
+    add_switch(parser, "--reg_dtype_64", default=1, help="solve in float64 (0: in float32)")
 
 
 class GramModel(FederatedModel):

@@ -42,7 +42,7 @@ from torch import Tensor
 from federated.message import Message
 from models.task_arithmetic import TaskArithmetic
 from models.utils.task_vectors import KEPT, combined
-from utils.args import flag01, number
+from utils.args import add_switch, number
 from utils.errors import RunError, UserError
 
 GRID = [i / 20 for i in range(21)]
@@ -102,7 +102,7 @@ class Sata(TaskArithmetic):
             help="its epochs, for once and on_request (default: those of all rounds together)",
         )
         add("--iso_custody", choices=("client", "server"), default="client", help="who keeps it")
-        add("--sata_head", type=flag01, default=1, help="1: a leaving client's part of the classifier goes too")
+        add_switch(parser, "--sata_head", default=1, help="1: a leaving client's part of the classifier goes too")
         return parser
 
     def __init__(self, backbone, loss, args, transform, dataset=None):

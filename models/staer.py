@@ -31,7 +31,7 @@ from torch import Tensor
 from models.ser import Ser
 from models.utils.soft_dtw import alignment_loss, soft_dtw_divergence
 from models.utils.spiking import mean_squares
-from utils.args import flag01, number
+from utils.args import add_switch, number
 from utils.batch_norm import bn_track_stats
 from utils.buffer import Buffer
 from utils.conf import derive_seed
@@ -72,7 +72,7 @@ class Staer(Ser):
         add("--alpha1", type=weight, default=0.5, help="weight of contraction")
         add("--alpha2", type=weight, default=0.5, help="weight of expansion")
         add("--sdtw_gamma", type=number(float, 0, open_low=True), default=1.0, help="smoothing of Soft-DTW")
-        add("--sdtw_norm", type=flag01, default=1, nargs="?", const=1, help="divide by the mean length")
+        add_switch(parser, "--sdtw_norm", default=1, help="divide by the mean length")
         add(
             "--staer_resample",
             choices=("rerun", "interp"),
@@ -98,7 +98,7 @@ class Staer(Ser):
             default="all",
             help="which forward passes move BatchNorm's running statistics",
         )
-        add("--share_forward", type=flag01, default=0, nargs="?", const=1, help="1: no second pass for half the batch")
+        add_switch(parser, "--share_forward", help="1: no second pass for half the batch")
         return parser
 
     def __init__(self, backbone, loss, args, transform, dataset=None):

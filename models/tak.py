@@ -36,7 +36,7 @@ from models.task_arithmetic import TaskArithmetic, group_of
 from models.utils import kfac
 from models.utils.kfac import Curvature, Diagonal, Layout, References, packed, unpacked
 from models.utils.task_vectors import control_dataset
-from utils.args import flag01, number
+from utils.args import add_switch, number
 from utils.conf import make_generator
 from utils.errors import UserError
 
@@ -58,8 +58,8 @@ class Tak(TaskArithmetic):
             default="all",
             help="whose curvature: every other task's, or that of tasks before",
         )
-        add("--control_refs", type=flag01, default=0, nargs="?", const=1, help="1: and that of the --control_dataset")
-        add("--fisher_ideal", type=flag01, default=0, nargs="?", const=1, help="1: one term per task (eq. 7)")
+        add_switch(parser, "--control_refs", help="1: and that of the --control_dataset")
+        add_switch(parser, "--fisher_ideal", help="1: one term per task (eq. 7)")
         add("--fisher_norm_scaler", type=number(float, 0), default=10.0, help="scale of LayerNorms and class token")
         add("--fisher_ft_proj_scaler", type=number(float, 0), default=0.1, help="scale of CLIP's projection")
         add("--kfac_mode", choices=kfac.MODES, default="official", help="how an image's tokens are counted")

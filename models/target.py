@@ -31,7 +31,7 @@ from federated.message import Message
 from models.utils.data_free import Synthesizer, add_synthesis_args, endless
 from models.utils.distillation import distillation
 from models.utils.federated_model import FederatedModel, share_backbone
-from utils.args import flag01, number
+from utils.args import add_switch, number
 from utils.conf import make_generator
 from utils.errors import UserError
 
@@ -82,12 +82,10 @@ class Target(FederatedModel):
         add("--kd_weight", "--kd", "--kd_alpha", type=number(float, 0), default=25.0, help="weight of KD; 0: FedAvg")
         add("--softmax_temp", type=number(float, 0, open_low=True), default=2.0, help="temperature T of KD")
         add("--syn_batch_size", type=number(int, 1), default=None, help="synthetic images a step; --batch_size")
-        add(
+        add_switch(
+            parser,
             "--syn_aug",
-            type=flag01,
             default=1,
-            nargs="?",
-            const=1,
             help="augment synthetic images like real ones: where the data set has augmentation, the teacher travels",
         )
         add_synthesis_args(parser)

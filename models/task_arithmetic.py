@@ -39,7 +39,7 @@ from models.utils.task_vectors import (
     right,
     write_task_vectors,
 )
-from utils.args import flag01, number
+from utils.args import add_switch, number
 from utils.errors import UserError
 
 GROUPS = ("attention", "linears", "proj", "ln", "class_embed", "conv", "pos_embed")
@@ -94,7 +94,9 @@ class TaskArithmetic(FederatedModel):
             help="rank of what a client's turn adds to linear layers' weights, which alone are trained then; 0: any",
         )
         for group in GROUPS:
-            add(f"--ft_{group}", type=flag01, default=int(group not in FROZEN), help=f"1: train its {group} parameters")
+            add_switch(
+                parser, f"--ft_{group}", default=int(group not in FROZEN), help=f"1: train its {group} parameters"
+            )
         add("--merging", choices=tuple(MERGERS), default="ta", help="how task vectors are merged")
         add("--alpha", type=number(float), default=1.0, help="coefficient of what the merger gives")
         add(
@@ -111,8 +113,10 @@ class TaskArithmetic(FederatedModel):
             default=0.1,
             help="share of each task's training images by which the best coefficient is chosen (0: no choice)",
         )
-        add("--lin_inner_norm", type=flag01, default=1, help="1: f has length one before it is linearised")
-        add("--lin_outer_norm", type=flag01, default=1, help="1: f_lin is brought to length one before the classifier")
+        add_switch(parser, "--lin_inner_norm", default=1, help="1: f has length one before it is linearised")
+        add_switch(
+            parser, "--lin_outer_norm", default=1, help="1: f_lin is brought to length one before the classifier"
+        )
         add("--logit_scale", type=number(float, 0, open_low=True), default=None, help="default: CLIP's own, or 20")
         add(
             "--head_shots",
@@ -122,15 +126,12 @@ class TaskArithmetic(FederatedModel):
         )
         add("--warmup", type=number(int, 0), default=500, help="steps for which the rate rises")
         add("--virtual_bs_n", type=number(int, 1), default=1, help="batches whose gradients make one step")
-        add(
+        add_switch(
+            parser,
             "--layer_errors",
-            type=flag01,
-            default=0,
-            nargs="?",
-            const=1,
             help="1: how far each layer's outputs in the merged network are from the experts', in the end",
         )
-        add("--localisation", type=flag01, default=0, nargs="?", const=1, help="1: AUROC of |J tau_t|^2, in the end")
+        add_switch(parser, "--localisation", help="1: AUROC of |J tau_t|^2, in the end")
         add(
             "--disentanglement",
             type=number(int, 0),
@@ -139,14 +140,7 @@ class TaskArithmetic(FederatedModel):
             metavar="TASK",
             help="pairs of tasks whose disentanglement error is drawn in the end",
         )
-        add(
-            "--save_task_vectors",
-            type=flag01,
-            default=0,
-            nargs="?",
-            const=1,
-            help="1: write them into the run's folder",
-        )
+        add_switch(parser, "--save_task_vectors", help="1: write them into the run's folder")
         add(
             "--merge_from",
             nargs="+",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from models.task_arithmetic import TaskArithmetic
-from utils.args import flag01, number
+from utils.args import add_switch, number
 from utils.conf import make_generator
 from utils.errors import UserError
 
@@ -28,7 +28,7 @@ class TauJp(TaskArithmetic):
         add = parser.add_argument
         add("--jp_weight", type=number(float, 0), default=0.1, help="p, the weight of the penalty")
         add("--jp_batch", type=number(int, 1), default=16, help="images of another task in a step")
-        add("--jp_strict", type=flag01, default=0, nargs="?", const=1, help="1: a batch of every other task, each step")
+        add_switch(parser, "--jp_strict", help="1: a batch of every other task, each step")
         return parser
 
     def __init__(self, backbone, loss, args, transform, dataset=None):

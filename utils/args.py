@@ -85,6 +85,11 @@ def flag01(text: str) -> int:
     return int(binary_to_boolean_type(text))
 
 
+def add_switch(parser, *names: str, default: int = 0, help: str | None = None) -> None:
+    """A flag that is 0 or 1; ``--name`` alone is 1."""
+    parser.add_argument(*names, type=flag01, nargs="?", const=1, default=default, help=help)
+
+
 def add_general_args(parser: ArgumentParser) -> None:
     """The flags every run has."""
     positive, count = number(int, 1), number(int, 0)
@@ -101,12 +106,8 @@ def add_general_args(parser: ArgumentParser) -> None:
     g.add_argument("--model_config", "--preset", default="default", help="section of models/config/<model>.yaml to use")
     g.add_argument("--dataset_config", default=None, help="name of datasets/configs/<dataset>/<name>.yaml")
     g.add_argument("--seed", type=count, default=0, help="seeds everything random")
-    g.add_argument(
-        "--joint", type=flag01, default=0, nargs="?", const=1, help="one task with all classes (upper bound)"
-    )
-    g.add_argument(
-        "--permute_classes", type=flag01, default=0, nargs="?", const=1, help="random class order, by the seed"
-    )
+    add_switch(g, "--joint", help="one task with all classes (upper bound)")
+    add_switch(g, "--permute_classes", help="random class order, by the seed")
     g.add_argument(
         "--validation",
         type=number(float, 0, 99, open_low=True),
@@ -120,7 +121,7 @@ def add_general_args(parser: ArgumentParser) -> None:
     g.add_argument("--optimizer", choices=("sgd", "adam", "adamw"), default="sgd")
     g.add_argument("--optim_wd", "--wd_reg", type=number(float, 0), default=0.0, help="weight decay")
     g.add_argument("--optim_mom", type=number(float, 0, 1), default=0.0, help="momentum (sgd)")
-    g.add_argument("--optim_nesterov", type=flag01, default=0, nargs="?", const=1)
+    add_switch(g, "--optim_nesterov")
     g.add_argument(
         "--clip_grad", type=number(float, 0, open_low=True), default=None, help="largest norm of the gradient"
     )
@@ -183,12 +184,9 @@ def add_general_args(parser: ArgumentParser) -> None:
         help="GPUs shared by the workers (ray); default: all there are, 0 with --device cpu",
     )
     g.add_argument("--ray_address", default=None, help="a running Ray cluster (auto, host:port); default: start one")
-    g.add_argument(
+    add_switch(
+        g,
         "--allow_missing_clients",
-        type=flag01,
-        default=0,
-        nargs="?",
-        const=1,
         help="go on with a round without clients whose worker was lost again and again (ray)",
     )
     g = parser.add_argument_group("unlearning (with --fl)")
@@ -206,23 +204,11 @@ def add_general_args(parser: ArgumentParser) -> None:
     g.add_argument(
         "--unlearn_at", default="end", help="when: end, or TASK:ROUND, counted from 1, after which training goes on"
     )
-    g.add_argument(
-        "--unlearn_history",
-        type=flag01,
-        default=0,
-        nargs="?",
-        const=1,
-        help="1: the server keeps every client's updates, which some ways to unlearn need",
+    add_switch(
+        g, "--unlearn_history", help="1: the server keeps every client's updates, which some ways to unlearn need"
     )
     g.add_argument("--recover_rounds", type=count, default=0, help="rounds of the others after unlearning")
-    g.add_argument(
-        "--eval_retrain",
-        type=flag01,
-        default=0,
-        nargs="?",
-        const=1,
-        help="1: train without the clients from the start, once, and compare",
-    )
+    add_switch(g, "--eval_retrain", help="1: train without the clients from the start, once, and compare")
     g.add_argument("--retrain_seeds", type=positive, default=1, help="so many times, for the noise between seeds")
     g.add_argument(
         "--relearn_rounds",
@@ -250,7 +236,7 @@ def add_general_args(parser: ArgumentParser) -> None:
         default="fp32",
         help="of the network's forward and backward pass; weights, losses and statistics stay in float32",
     )
-    g.add_argument("--compile", type=flag01, default=0, nargs="?", const=1, help="torch.compile the network")
+    add_switch(g, "--compile", help="torch.compile the network")
     g.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ...; default: the best there is")
     g.add_argument("--num_threads", type=number(int, 1, 1024), default=None, help="CPU threads of PyTorch")
     g.add_argument("--base_path", default="./data/", help="folder of the data sets")
@@ -268,50 +254,30 @@ def add_general_args(parser: ArgumentParser) -> None:
         "settings under --results_path, if there is one",
     )
     g.add_argument("--eval_every", type=count, default=0, help="also evaluate every this many rounds (--fl) or epochs")
-    g.add_argument(
-        "--enable_other_metrics",
-        type=flag01,
-        default=0,
-        nargs="?",
-        const=1,
-        help="also test on tasks not seen yet, which forward transfer needs",
-    )
-    g.add_argument(
+    add_switch(g, "--enable_other_metrics", help="also test on tasks not seen yet, which forward transfer needs")
+    add_switch(
+        g,
         "--measure_federated_bias",
-        type=flag01,
-        default=0,
-        nargs="?",
-        const=1,
         help="with --fl: test every client's own model before it is merged, on the task's classes",
     )
-    g.add_argument(
+    add_switch(
+        g,
         "--measure_bias_source",
-        type=flag01,
-        default=0,
-        nargs="?",
-        const=1,
         help="after each task: the bias that is left with balanced classifiers on the network's features",
     )
-    g.add_argument(
+    add_switch(
+        g,
         "--measure_spikes",
-        type=flag01,
-        default=0,
-        nargs="?",
-        const=1,
         help="after each task: firing rate, operations, energy; accuracy with 1, 2, 4 and 8 time steps; logit drift",
     )
-    g.add_argument(
-        "--plot_spikes", type=flag01, default=0, nargs="?", const=1, help="after each task: spikes-<task>.png"
-    )
+    add_switch(g, "--plot_spikes", help="after each task: spikes-<task>.png")
     g.add_argument("--stop_after", type=positive, default=None, help="stop after this many tasks")
-    g.add_argument("--debug_mode", type=flag01, default=0, nargs="?", const=1, help="a few batches per epoch only")
-    g.add_argument("--nowand", type=flag01, default=1, nargs="?", const=1, help="0: log to Weights & Biases as well")
+    add_switch(g, "--debug_mode", help="a few batches per epoch only")
+    add_switch(g, "--nowand", default=1, help="0: log to Weights & Biases as well")
     g.add_argument("--wandb_project", default="herd")
     g.add_argument("--wandb_entity", default=None, help="team or user; default: wandb's own")
     g.add_argument("--wandb_mode", choices=("online", "offline"), default=None, help="default: wandb's own, online")
-    g.add_argument(
-        "--tensorboard", type=flag01, default=0, nargs="?", const=1, help="1: event files in the run's folder as well"
-    )
+    add_switch(g, "--tensorboard", help="1: event files in the run's folder as well")
     g.add_argument("--notes", default=None, help="free text, kept in args.yaml")
 
 

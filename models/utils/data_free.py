@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from datasets.utils.transforms import send, to_float
 from models.utils.distillation import divergence
-from utils.args import flag01, number
+from utils.args import add_switch, number
 from utils.errors import RunError
 
 BETAS = (0.5, 0.999)  # of the generator's optimisers
@@ -36,7 +36,6 @@ REPTILE = 67.0  # scale of Reptile's gradient; Adam divides by it again, but for
 def add_synthesis_args(parser, **defaults) -> None:
     """The flags of :class:`Synthesizer`; ``defaults`` are the method's own, by flag."""
     add, share, positive = parser.add_argument, number(float, 0), number(float, 0, open_low=True)
-    switch = {"type": flag01, "nargs": "?", "const": 1}
     add("--syn_round", type=number(int, 1), default=40, help="batches that are synthesised")
     add("--synthesis_batch_size", type=number(int, 1), default=256, help="images of each of them")
     add("--nums", type=number(int, 1), default=8000, help="images kept, the latest")
@@ -45,13 +44,13 @@ def add_synthesis_args(parser, **defaults) -> None:
     add("--ngf", type=number(int, 1), default=64, help="channels of the generator")
     add("--lr_g", type=positive, default=0.002, help="rate of the generator; of its meta step: times --g_steps")
     add("--lr_z", type=share, default=0.01, help="rate of the latents")
-    add("--is_maml", default=1, **switch, help="meta step of first-order MAML, or (0) of Reptile")
+    add_switch(parser, "--is_maml", default=1, help="meta step of first-order MAML, or (0) of Reptile")
     add("--oh", type=share, default=0.5, help="weight of the cross-entropy with the drawn classes")
     add("--bn", type=share, default=10.0, help="weight of the BatchNorm statistics; nothing without BatchNorm")
     add("--bn_mmt", type=number(float, 0, 1), default=0.9, help="share of earlier batches in a batch's statistics")
     add("--adv", type=share, default=1.0, help="weight of the disagreement of teacher and student")
     add("--gen_crop", type=number(int, 0), default=4, help="shift images before the teacher by up to this many pixels")
-    add("--gen_flip", default=1, **switch, help="mirror half of the images before the teacher")
+    add_switch(parser, "--gen_flip", default=1, help="mirror half of the images before the teacher")
     add("--warmup", type=number(int, 0), default=20, help="batches before the student is trained")
     add("--kd_steps", type=number(int, 1), default=400, help="steps of the student after a batch")
     add("--kd_T", type=positive, default=20.0, help="temperature of the student's distillation")
@@ -66,16 +65,15 @@ def add_synthesis_args(parser, **defaults) -> None:
         help="random weights as the network draws its own, or the released code's, which leave all but convolutions, "
         "linear layers and BatchNorm as the teacher has them",
     )
-    add(
+    add_switch(
+        parser,
         "--adv_early",
-        default=0,
-        **switch,
         help="1: as in the released code, two batches are sought against a student that has learnt nothing yet",
     )
-    add(
+    add_switch(
+        parser,
         "--target_last_class",
         default=1,
-        **switch,
         help="0: as in fed-mammoth, the newest class is never drawn",
     )
     add(

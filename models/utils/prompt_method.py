@@ -11,19 +11,16 @@ from torch import Tensor, nn
 
 from datasets.utils.transforms import send
 from models.utils.head_rows import HeadRowsModel
-from utils.args import flag01
+from utils.args import add_switch
 from utils.errors import UserError
 from utils.evaluate import EVAL_BATCH
 
 
 def add_vote_arg(parser) -> None:
     """The flag of methods that pick prompts by keys."""
-    parser.add_argument(
+    add_switch(
+        parser,
         "--batchwise_prompt",
-        type=flag01,
-        default=0,
-        nargs="?",
-        const=1,
         help="1: the samples of a batch vote on the prompts of all of them, in testing too",
     )
 

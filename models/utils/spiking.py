@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.utils.continual_model import ContinualModel
-from utils.args import flag01
+from utils.args import add_switch
 from utils.errors import UserError
 
 
@@ -21,13 +21,8 @@ class SpikingModel(ContinualModel):
 
     @staticmethod
     def get_parser(parser):
-        parser.add_argument(
-            "--temp_sep",
-            type=flag01,
-            default=0,
-            nargs="?",
-            const=1,
-            help="1: cross-entropy at every time step, averaged (TSCE); 0: of the mean logits",
+        add_switch(
+            parser, "--temp_sep", help="1: cross-entropy at every time step, averaged (TSCE); 0: of the mean logits"
         )
         return parser
 
