@@ -108,9 +108,11 @@ def test_the_teacher_is_the_model_that_was_sent(rig):
     before = worker.trainable()
     calls = []
     hook = worker.net.register_forward_hook(lambda *_: calls.append(worker.pool.enabled))
+    worker.local_loss(x.clone(), y, client)  # a copy: nobody knows its queries
+    assert calls == [False, True, True]
     worker.local_loss(x, y, client)
     hook.remove()
-    assert calls == [False, True, True]
+    assert calls[3:] == [True, True]  # of these they were known
     assert all(p is before[n] for n, p in worker.trainable().items())
 
 
