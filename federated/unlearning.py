@@ -35,6 +35,7 @@ from utils.args import UNLEARNING_FLAGS
 from utils.conf import set_random_seed
 from utils.errors import UserError
 from utils.evaluate import EVAL_BATCH, evaluating
+from utils.files import replacing
 from utils.loggers import Run, write_csv
 from utils.registry import scan
 from utils.training import Session
@@ -138,14 +139,17 @@ class Stage:
 
     Args:
         args: of the run. run: its folder, for messages. checkpoint: file; None for a model that knows nothing yet.
+        keep: folder for what the model says of all images, which does not change from one request to the next (O, R).
 
     Attributes:
         at: (task, rounds of it that were done) then. seconds: spent on unlearning and recovery.
     """
 
-    def __init__(self, args, run, checkpoint: Path | None) -> None:
+    def __init__(self, args, run, checkpoint: Path | None, keep: Path | None = None) -> None:
         import main
         from federated.simulator import Untouched
+
+        self.keep = keep
 
         self.args = copy.deepcopy(args)
         self.args.unlearn_client, self.args.savecheck = None, "none"
@@ -164,7 +168,7 @@ class Stage:
         if history is not None:
             self.model._own_history = history
         self.seconds, self.at = 0.0, (self.session.cursor["task"], self.session.cursor["step"] - 1)
-        self._said: dict[tuple[int, bool], tuple[np.ndarray, np.ndarray]] = {}
+        self._said: dict[tuple[int, bool], np.ndarray] = {}
 
     def engine(self):
         """Where those of the division that is in force now train."""
@@ -222,13 +226,24 @@ class Stage:
         """In %, on the clients' images of the last task, by the division with everybody; nan if they have none."""
         task = self.dataset.n_train_tasks - 1
         mine = torch.cat([whole.indices(task, u) for u in who])
-        return accuracy(self.probabilities(mine, task, True), self.dataset.train_labels[mine].cpu().numpy())
+        return accuracy(self.predict(mine, task, True), self.dataset.train_labels[mine].cpu().numpy())
 
     def relearn(self, who: Sequence[int], whole: Partition, goal: float, most: int) -> int | None:
         """Rounds of one epoch until clients that train alone have ``goal`` % (:meth:`accuracy_of`).
 
-        None: more than ``most``, or they have no images to train on.
+        None: more than ``most``, or they have no images to train on. Kept like predictions, as a model learns once.
         """
+        file = self.keep / "relearning.json" if self.keep else None
+        known = json.loads(file.read_text()) if file and file.exists() else {}
+        key = json.dumps([sorted(who), round(goal, 6), most])
+        if key not in known:
+            known[key] = self._relearn(who, whole, goal, most)
+            if file:
+                with replacing(file) as temporary:
+                    temporary.write_text(json.dumps(known))
+        return known[key]
+
+    def _relearn(self, who: Sequence[int], whole: Partition, goal: float, most: int) -> int | None:
         task, self.partition = self.dataset.n_train_tasks - 1, whole
         self.args.n_epochs, self.args.given = 1, {*self.args.given, "n_epochs"}
         self.model._current_task = task  # which goes on
@@ -237,26 +252,35 @@ class Stage:
             for done in range(most + 1 if len(group) else 0):
                 if done > 0:
                     self.model.more_rounds(group, 1, "relearn")
-                    self._said.clear()
                 if self.accuracy_of(who, whole) >= goal:
                     return done
         return None
 
     @torch.no_grad()
-    def probabilities(self, indices: torch.Tensor, task: int, train: bool) -> np.ndarray:
-        """softmax over the classes seen (n, C) of training or test images of a task, with the test transform.
+    def predict(self, indices: torch.Tensor, task: int, train: bool) -> np.ndarray:
+        """softmax over the classes seen (n, C) of training or test images of a task, with the test transform."""
+        model, split = self.model, "train" if train else "test"
+        loader = self.dataset.loader(indices, task, EVAL_BATCH, False, split=split, device=model.device)
+        with evaluating(model):
+            out = [model(x)[:, : model.n_seen_classes].float().softmax(1).cpu().numpy() for x, _ in loader]
+        return np.concatenate(out) if out else np.empty((0, model.n_seen_classes), np.float32)
 
-        All images of the task are shown to the model, once: the sets that are compared are parts of them.
+    def probabilities(self, indices: torch.Tensor, task: int, train: bool) -> np.ndarray:
+        """:meth:`predict` of the model before it relearns, on all images of the task at once.
+
+        The sets that are compared are parts of them.
         """
+        everything = self.dataset.task_indices(task, train)
         if (task, train) not in self._said:
-            model, out, everything = self.model, [], self.dataset.task_indices(task, train)
-            split = "train" if train else "test"
-            with evaluating(model):
-                for x, _ in self.dataset.loader(everything, task, EVAL_BATCH, False, split=split, device=model.device):
-                    out.append(model(x)[:, : model.n_seen_classes].float().softmax(1).cpu().numpy())
-            self._said[task, train] = everything.numpy(), np.concatenate(out)
-        everything, p = self._said[task, train]
-        return p[np.searchsorted(everything, indices.numpy())]
+            file = self.keep / f"predictions-{'train' if train else 'test'}-{task}.npy" if self.keep else None
+            if file and file.exists():
+                self._said[task, train] = np.load(file)
+            else:
+                self._said[task, train] = self.predict(everything, task, train)
+                if file:
+                    with replacing(file) as temporary, open(temporary, "wb") as f:
+                        np.save(f, self._said[task, train])
+        return self._said[task, train][np.searchsorted(everything.numpy(), indices.numpy())]
 
     def attack_success(self) -> float:
         """Of a backdoor (datasets/utils/poison.py), in %."""
@@ -390,7 +414,7 @@ def forget_clients(args, record) -> None:
             record.say(f"already there: {args.unlearn}, client {request_name(asked.pop(row['key']))}")
     if not asked:
         return
-    original = Stage(args, record, start_of(record))
+    original = Stage(args, record, start_of(record), keep=record.path)
     if original.at != request_point(args, original.dataset.n_train_tasks):
         raise UserError(
             f"--unlearn_at {args.unlearn_at}: {record.path} has kept its state after task {original.at[0] + 1}, round "
@@ -417,7 +441,7 @@ def forget_one(args, record, request, original: Stage) -> dict:
     for s in range(args.retrain_seeds if compare else int(args.unlearn == "retrain")):
         again = with_settings(args, who, args.seed + s)
         checkpoint, summary = retrained(again)
-        golds.append(Stage(again, record, checkpoint))
+        golds.append(Stage(again, record, checkpoint, keep=checkpoint.parents[1]))
         summaries.append(summary)
     if args.unlearn == "retrain":
         made = golds[0]

@@ -11,8 +11,8 @@ import torch
 
 import main
 from federated.engines.serial import SerialEngine
-from federated.unlearning import request_name, request_point, requests, samples
-from tests.helpers import rows
+from federated.unlearning import Stage, request_name, request_point, requests, samples
+from tests.helpers import rows, without
 from tests.rig import Rig
 from unlearning.fedquit import quiet
 from unlearning.sifu import sensitivity
@@ -236,6 +236,35 @@ def test_what_is_gone_takes_as_long_to_learn_as_at_first(run):
     assert gold["FA"] == gold["R_FA"]
     short = run("--unlearn retrain --unlearn_client 1 --eval_retrain --relearn_rounds 1", base=alone)[2]
     assert short["relearn"] == "" or int(short["relearn"]) <= 1
+
+
+def test_what_everybody_and_retraining_say_is_asked_once(run, tmp_path, monkeypatch):
+    """By whichever way a client is forgotten; a row is the same when they are asked again."""
+    asked, predict, learn = [], Stage.predict, Stage._relearn
+
+    def watched(self, indices, task, train):
+        if len(indices) == len(self.dataset.task_indices(task, train)):
+            asked.append(self.keep is not None)
+        return predict(self, indices, task, train)
+
+    monkeypatch.setattr(Stage, "predict", watched)
+    monkeypatch.setattr(Stage, "_relearn", lambda self, *a: asked.append(f"{self.keep}") or learn(self, *a))
+    who = "--unlearn_client 1 2 --eval_retrain --relearn_rounds 3"
+    run(f"--unlearn noop {who}")
+    n_tests = 5
+    assert asked.count(True) == 3 * (1 + n_tests) and asked.count(False) == 2 * (1 + n_tests)  # O, two R; two V
+    asked.clear()
+    kept = run(f"--unlearn finetune {who}")[2:]
+    assert asked.count(True) == 0 and asked.count(False) == 2 * (1 + n_tests)
+    assert [a for a in asked if isinstance(a, str)] == ["None"] * 2  # V alone learns again
+    for file in [
+        *tmp_path.rglob("predictions-*.npy"),
+        *tmp_path.rglob("relearning.json"),
+        *tmp_path.rglob("unlearning.csv"),
+    ]:
+        file.unlink()
+    again = run(f"--unlearn finetune {who}")
+    assert len(kept) == 2 and without(kept, {"seconds"}) == without(again, {"seconds"})
 
 
 def test_history_in_either_order(run):
