@@ -11,7 +11,8 @@ import torch
 
 import main
 from federated.engines.serial import SerialEngine
-from federated.unlearning import Stage, request_name, request_point, requests, samples
+from federated.stage import Stage
+from federated.unlearning import request_name, request_point, requests, samples
 from tests.helpers import rows, without
 from tests.rig import Rig
 from unlearning.fedquit import quiet
