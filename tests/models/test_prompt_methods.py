@@ -517,6 +517,7 @@ def learned(r):
     return {**{n: p.detach() for n, p in r.model.trainable().items()}, "head": r.model.net.classifier.weight.detach()}
 
 
+@pytest.mark.usefixtures("nano")
 @pytest.mark.parametrize("engine", ["serial", "batched"])
 @pytest.mark.parametrize("model", KEEPING)
 def test_an_image_is_embedded_once(rig, monkeypatch, model, engine):
@@ -540,6 +541,7 @@ def test_an_image_is_embedded_once(rig, monkeypatch, model, engine):
     assert far(learned(once), learned(again)) <= 1e-4
 
 
+@pytest.mark.usefixtures("nano")
 def test_queries_do_not_depend_on_engine_or_batch(rig):
     one, many = (rig(keeping("l2p", more)).run() for more in ("--engine serial", "--engine batched --batch_size 5"))
     mine, theirs = one.worker.queries(), many.worker.queries()
@@ -549,6 +551,7 @@ def test_queries_do_not_depend_on_engine_or_batch(rig):
     assert all(torch.equal(q, many.model.queries()[key]) for key, q in one.model.queries().items())
 
 
+@pytest.mark.usefixtures("nano")
 def test_augmented_images_are_embedded_every_time(rig):
     r = rig(keeping("l2p"))
     plain = r.dataset.get_transform()
