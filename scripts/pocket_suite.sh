@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Every method of Herd on the pocket suite by one command, then the tables, and a page to look at them.
 #     bash scripts/pocket_suite.sh             # handwritten digits, Dirichlet 0.5, one seed of everything
-#     FULL=1 bash scripts/pocket_suite.sh      # all tables of docs/pocket.md: characters too, more seeds, both betas
+#     FULL=1 bash scripts/pocket_suite.sh      # characters too, three seeds, all betas
 # Finished runs are not run again, interrupted ones go on: stop it and start it when you like. JOBS=2, OUT=results/suite.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-results/suite}
+PYTHON=${PYTHON:-.venv/bin/python}
 if [ "${FULL:-0}" = 1 ]; then
   federated="" spiking="" arithmetic="" unlearning=""
 else
@@ -17,4 +18,5 @@ env $federated OUT="$OUT/federated" MORE="--measure_federated_bias 1" bash scrip
 env $spiking OUT="$OUT/spiking" bash scripts/pocket_spiking.sh
 env $arithmetic OUT="$OUT/arithmetic" bash scripts/pocket_task_arithmetic.sh
 env $unlearning OUT="$OUT/unlearning" bash scripts/pocket_unlearning.sh
+"$PYTHON" -m utils.report "$OUT" -o "$OUT/report.html"
 echo "$((($(date +%s) - began) / 60)) minutes"

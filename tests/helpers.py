@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import main
-from datasets.utils.continual_dataset import BatchLoader
+from datasets.utils.loaders import BatchLoader
 from federated.client import Client
 from models import get_model_class, get_model_names
 from models.utils.federated_model import FederatedModel

@@ -19,7 +19,7 @@ ELSEWHERE = {  # what makes a run on a GPU another than one on the CPU
     "slca": "prototypes are drawn on the device",
     "sderpp": "rounding flips a spike of a stored logit",
 }
-INEXACT = {"target": "kernels of its generator add up in any order: losses differ in the last digits"}
+INEXACT = {"target": "losses differ in the last digits, presumably by kernels of its generator that add up in any order"}
 
 
 @pytest.fixture(autouse=True)

@@ -51,8 +51,8 @@ class Stack:
 
     def __init__(self, worker, clients: int) -> None:
         trained, self.places = worker.trainable(), worker.places()
-        one = torch.contiguous_format
-        self.values = {n: p.detach().expand(clients, *p.shape).clone(memory_format=one) for n, p in trained.items()}
+        as_rows = torch.contiguous_format
+        self.values = {n: p.detach().expand(clients, *p.shape).clone(memory_format=as_rows) for n, p in trained.items()}
         self.of = [{n: nn.Parameter(v[k]) for n, v in self.values.items()} for k in range(clients)]
 
     def leaves(self, clients: int) -> dict[str, Tensor]:

@@ -60,7 +60,7 @@ def main() -> None:
     if cuda:
         common.synthetic_images("seq-cifar100", n=2000, others=10, tests=1000, stored=(32, 32))
     for name in options.methods:
-        flags = f"--model {name} {METHODS[name] if not cuda else ''} {VIT if cuda else POCKET}"
+        flags = f"--model {name} {METHODS[name]} {VIT if cuda else POCKET}"
         setting = f"--num_clients 10 --partition_mode iid --n_epochs 1 --batch_size 16 --device {options.device}"
         experiment = common.Experiment(common.settings(flags, setting))
         engine = experiment.engine(options.engine)
