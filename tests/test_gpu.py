@@ -19,7 +19,7 @@ ELSEWHERE = {  # what makes a run on a GPU another than one on the CPU
     "slca": "prototypes are drawn on the device",
     "sderpp": "rounding flips a spike of a stored logit",
 }
-INEXACT = {"target": "losses differ in the last digits, presumably by kernels of its generator that add up in any order"}
+INEXACT = {"target": "losses differ in the last digits, presumably by kernels that add up in any order"}
 
 
 @pytest.fixture(autouse=True)
