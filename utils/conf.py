@@ -54,9 +54,12 @@ def _seeders() -> list[Callable[[int], object]]:
 def get_device(name: str | None = None) -> torch.device:
     """The device to run on: ``name`` if given, else the first of CUDA, MPS, CPU that is there.
 
+    cuDNN is kept to kernels that add up in a fixed order: a run that goes on after a kill ends as it would have.
+
     Raises:
         UserError: a device that this machine or this build of PyTorch does not have.
     """
+    torch.backends.cudnn.deterministic = True
     if name in (None, "auto"):
         return torch.device(
             "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"

@@ -53,13 +53,14 @@ class AdaptFormer(nn.Module):
         super().__init__()
         self.scale, self.entered = scale, {}
         blocks, like = _blocks(net), net.blocks[0].mlp.fc1.weight
-        make = {"device": like.device, "dtype": torch.promote_types(like.dtype, torch.float32)}
-        self.down = nn.ModuleList(nn.Linear(like.shape[1], bottleneck, **make) for _ in blocks)
-        self.up = nn.ModuleList(nn.Linear(bottleneck, like.shape[1], **make) for _ in blocks)
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        self.down = nn.ModuleList(nn.Linear(like.shape[1], bottleneck, dtype=dtype) for _ in blocks)
+        self.up = nn.ModuleList(nn.Linear(bottleneck, like.shape[1], dtype=dtype) for _ in blocks)
         for down, up in zip(self.down, self.up):
             nn.init.kaiming_uniform_(down.weight, a=5**0.5)
             for t in (down.bias, up.weight, up.bias):
                 nn.init.zeros_(t)
+        self.to(like.device)  # only now: what is drawn on the CPU is the same for every device
         for i, block in enumerate(blocks):
             block.norm2.register_forward_pre_hook(_Enter(self, i))
             block.drop_path2.register_forward_hook(_Leave(self, i))
@@ -103,7 +104,7 @@ class ScaleShift(nn.Module):
         places.append((net.norm, d))
         like = net.blocks[0].mlp.fc1.weight
         to = like.device, torch.promote_types(like.dtype, torch.float32)
-        # drawn on the CPU: a run starts alike on every device
+        # drawn on the CPU, as in AdaptFormer
         self.scale = nn.ParameterList(nn.init.normal_(torch.empty(n), 1.0, 0.02).to(*to) for _, n in places)
         self.shift = nn.ParameterList(nn.init.normal_(torch.empty(n), 0.0, 0.02).to(*to) for _, n in places)
         for i, (module, _) in enumerate(places):

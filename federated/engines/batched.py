@@ -7,8 +7,9 @@ the network over a stack, chosen by what is trained:
                                    that are trained tell clients apart (backbones/utils/client_batch.py). Batches of
                                    unequal size need no padding.
     the network's own weights      ``torch.func.vmap`` over the clients; smaller batches are padded, and padding has
-                                   weight zero. On a GPU, or when ``--clients_per_batch`` asks for it: on a CPU this is
-                                   no faster than clients in turn.
+                                   weight zero. On a GPU, where at least ``MAPPED_FROM`` clients have a batch left, or
+                                   when ``--clients_per_batch`` asks for it: on a CPU, or for few clients, this is no
+                                   faster than clients in turn.
 
 The K losses are added up, so each client's slice receives the gradient of its own loss. Every client has an optimiser,
 a schedule and a loss scale of its own: the method's, made over views of its slices. So K clients in a stack take the
@@ -40,6 +41,7 @@ from utils.errors import ClientError, RunError
 
 STACKED = "local_update"  # the one client half that trains
 CPU_SAMPLES = 128  # a larger batch outgrows a CPU's caches and is slower than several
+MAPPED_FROM = 4  # whole networks: a mapped step of two takes as long as three plain ones (docs/performance.md)
 
 
 class Stack:
@@ -98,7 +100,7 @@ class BatchedEngine(Engine):
         waiting = list(ids)
         if call == STACKED and self._stacks():
             waiting = self.largest_first(waiting, task)
-            while waiting and self.in_turn is None:
+            while self.in_turn is None and len(waiting) >= self._worth():
                 if self.clients_per_batch is None:
                     self.clients_per_batch = self._how_many(message, self.client(waiting[0], task, round_, call))
                 stacks = -(-len(waiting) // self.clients_per_batch)
@@ -149,6 +151,10 @@ class BatchedEngine(Engine):
         if self.args.clients_per_batch is None and self.worker.device.type == "cpu":
             return "it trains whole networks, which a CPU does as fast in turn (--clients_per_batch K stacks them)"
         return None
+
+    def _worth(self) -> int:
+        """How many clients are trained together no slower than in turn, if not told."""
+        return 1 if self._folds or self.args.clients_per_batch is not None else MAPPED_FROM
 
     def _give_up(self, reason: str) -> None:
         self.in_turn = reason
@@ -228,15 +234,19 @@ class BatchedEngine(Engine):
         n_batches = [-(-c.n_samples // args.batch_size) for c in clients]
         if args.debug_mode:
             n_batches = [min(n, worker.get_debug_iters()) for n in n_batches]
-        # the last moment at which two clients train together: by then they have gone different ways
-        proof = (args.n_epochs - 1, n_batches[1] - 1) if len(clients) > 1 and self._proven != task else None
+        # the last moment at which so many train together: by then they have gone different ways
+        least = max(self._worth(), 2)
+        proof = (
+            (args.n_epochs - 1, n_batches[least - 1] - 1) if len(clients) >= least and self._proven != task else None
+        )
         total = torch.zeros(len(clients), device=worker.device)
-        gradients = self._folded if self._folds else self._vmapped
         for epoch in range(args.n_epochs):
             for j, (sizes, inputs, labels) in enumerate(loader):
                 if j == n_batches[0]:
                     break
                 active = tuple(clients[: len(sizes)])
+                few = len(active) < self._worth()
+                gradients = self._folded if self._folds else self._each if few else self._vmapped
                 losses, grads = gradients(stack, active, sizes, inputs, labels, [s for _, _, s in learners])
                 # autograd's may be transposed; a fused optimiser wants them as the tensors are
                 grads = {n: None if g is None else g.contiguous() for n, g in grads.items()}
@@ -304,6 +314,23 @@ class BatchedEngine(Engine):
             losses = losses + penalties.detach()
         return losses.detach(), grads
 
+    def _each(self, stack, clients, sizes, inputs, labels, scalers) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same, one client after the other."""
+        batches = zip(clients, inputs.split(sizes), labels.split(sizes), scalers)
+        losses, grads = zip(*(self._alone(stack, k, *batch) for k, batch in enumerate(batches)))
+        return torch.stack(losses), {n: torch.stack([own[n] for own in grads]) for n in grads[0]}
+
+    def _alone(self, stack, k: int, client, inputs, labels, scaler) -> tuple[Tensor, dict[str, Tensor]]:
+        """Client k's loss and its (scaled) gradient by its slices, as the serial engine computes them."""
+        own = {n: p.detach().requires_grad_() for n, p in stack.of[k].items()}
+        with stack.in_place(own):
+            loss = self.worker.local_loss(inputs, labels, client).mean()
+            penalty = self.worker.local_penalty(own, client)
+        loss = loss if penalty is None else loss + penalty
+        grads = torch.autograd.grad(scaler.scale(loss), list(own.values()), allow_unused=True)
+        zeroed = [torch.zeros_like(p) if g is None else g for p, g in zip(own.values(), grads)]
+        return loss.detach(), dict(zip(own, zeroed))
+
     def _means(self, sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
         """(K, batch): row k takes the mean over the samples of client k."""
         key = (tuple(sizes), dtype)
@@ -325,18 +352,13 @@ class BatchedEngine(Engine):
             NotAlike: the gradients differ by more than rounding, so the method does not bear stacking.
         """
         n, worker = sizes[0], self.worker
-        own = {name: p.detach().requires_grad_() for name, p in stack.of[0].items()}
-        with stack.in_place(own):
-            loss = worker.local_loss(inputs[:n], labels[:n], clients[0]).mean()
-            penalty = worker.local_penalty(own, clients[0])
-        loss = scaler.scale(loss if penalty is None else loss + penalty)
-        alone = torch.autograd.grad(loss, list(own.values()), allow_unused=True)
+        _, alone = self._alone(stack, 0, clients[0], inputs[:n], labels[:n], scaler)
         # cuDNN's convolutions round float32 to TF32, which has float16's digits
         coarse = self.args.precision != "fp32" or worker.device.type == "cuda" and torch.backends.cudnn.allow_tf32
         tolerance = 5e-2 if coarse else 1e-4
-        for (name, whole), right in zip(grads.items(), alone):
-            mine = torch.zeros_like(own[name]) if whole is None else whole[0]
-            right = torch.zeros_like(mine) if right is None else right
+        for name, whole in grads.items():
+            right = alone[name]
+            mine = torch.zeros_like(right) if whole is None else whole[0]
             if (mine - right).norm() > tolerance * right.norm() + 1e-6 * mine.numel() ** 0.5:
                 raise NotAlike(f"stacked, the gradient of {name} is not the client's own; does its loss mix clients?")
         self._proven = clients[0].task

@@ -338,6 +338,30 @@ def test_batch_norm_is_not_stacked(rig, capsys):
 # ---- when something goes wrong
 
 
+def test_few_whole_networks_are_not_mapped(rig, both, monkeypatch):
+    """Left to itself, where it maps at all: not once fewer than four have a batch left, nor for three clients."""
+    plain, compare, sizes, compared = BatchedEngine._vmapped, BatchedEngine._compare, [], []
+
+    def spy(self, stack, clients, *rest):
+        sizes.append(len(clients))
+        return plain(self, stack, clients, *rest)
+
+    monkeypatch.setattr(BatchedEngine, "_vmapped", spy)
+    monkeypatch.setattr(BatchedEngine, "_compare", lambda *a: (compared.append(len(a[2])), compare(*a)))
+    monkeypatch.setattr(BatchedEngine, "_why_not_vmap", lambda self: None)
+    monkeypatch.setattr(module, "CPU_SAMPLES", 2 * 10**6)
+    flags = re.sub(r"--(clients_per_batch|debug_mode) \d+", "", FULL) + f" {PARTITIONS[0]} --stop_after 1"
+    serial, stacked = both(flags)
+    assert far(state(serial), state(stacked)) <= 1e-5
+    batches = sorted((-(-len(stacked.partition.indices(0, i)) // 16) for i in range(5)), reverse=True)
+    together = sum(sum(n > j for n in batches) >= 4 for j in range(batches[0]))
+    assert sizes and min(sizes) >= 4 and len(sizes) == 4 * together < 4 * batches[0]  # two rounds of two epochs
+    assert compared and min(compared) >= 4
+    sizes.clear()
+    both(f"{flags} --num_clients 3", stacked=False)
+    assert not sizes
+
+
 def test_too_little_memory_halves_the_stack(rig, both, method, monkeypatch):
     """And nothing is counted twice in the states of the clients that were tried."""
     method(Importances)
