@@ -49,7 +49,7 @@ fi
 export OMP_WAIT_POLICY=PASSIVE
 PYTHON=${PYTHON:-.venv/bin/python}
 JOBS=${JOBS:-$(nproc 2>/dev/null || sysctl -n hw.ncpu)}
-COMMON="--device cpu --num_threads 1 --loadcheck auto"
+COMMON="--device ${DEVICE:-cpu} --num_threads 1 --loadcheck auto"
 
 # split_flags DATASET BETA: ten clients; seq-digits has two classes a task, too few to give ten clients six images at 0.1
 split_flags() {

@@ -2,6 +2,7 @@
 
     python scripts/unlearning_table.py collect results/unlearning     # add every unlearning.csv below a folder
     python scripts/unlearning_table.py table --dataset seq-digits --tasks single --beta 0.5
+    python scripts/unlearning_table.py page                           # all tables: docs/unlearning.md
 
 A line of the record is one request: whom, how, from which run, and what came of it. The same request takes the place of
 an older one. Tables are means and sample deviations over clients and seeds. Rebound is what the client's data gained by
@@ -18,11 +19,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import pandas as pd
 
-from scripts.pocket_report import ROOT, spread
+from scripts.pocket_report import ROOT, commits, spread
 from utils.compare import load_runs
 from utils.errors import UserError
+from utils.files import replacing
 
 RECORD = ROOT / "docs" / "unlearning.csv"
+PAGE = ROOT / "docs" / "unlearning.md"
+SETTING = ["dataset", "tasks", "beta"]
 MODEL = ["model", "regime"]
 WAY = [*MODEL, "method", "sata_lambda", "sata_renorm", "recover_rounds"]
 KEY = ["dataset", "tasks", "K", "beta", "T", "E", "seed", "client", *WAY]
@@ -42,6 +46,17 @@ SHOWN = {
     "relearn": ("relearn", 1),
     "rebound": ("rebound", 1),
 }
+INTRODUCTION = """<!-- made by scripts/unlearning_table.py page; do not edit -->
+
+# Forgetting a client on the pocket suite: all tables
+
+What they say is in [pocket.md](pocket.md#forgetting-a-client); each request, with its command, is a line of
+[unlearning.csv](unlearning.csv). Means and sample deviations over n requests: clients times seeds. R is the model
+that was trained again without the client, O the one with everybody. Mean gap: how far the accuracies on the client's
+data, on the others' and on the test set, and the AUC of membership inference by loss (times 100), are from R's, on
+average. Distance: of the weights to R's, in units of O's. Relearn: epochs until the client alone has O's accuracy on
+its data again (mean over those that needed at most ten). `1 more`: with a round of recovery; rebound: what the
+client's data gained in it. s: seconds of unlearning and recovery, or of training again, on the device that is named."""
 
 
 def collect(folders: list[str]) -> pd.DataFrame:
@@ -81,31 +96,90 @@ def name(way: tuple) -> str:
     return text + (f", {said['recover_rounds']:.0f} more" if said["recover_rounds"] else "")
 
 
+def read() -> pd.DataFrame:
+    """The record, with rebound and gaps.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not RECORD.exists():
+        raise UserError(f"{RECORD} is not there: run scripts/pocket_unlearning.sh, then collect")
+    return with_rebound(pd.read_csv(RECORD, dtype={"client": str}))
+
+
+def header(first: str, others: list[str]) -> list[str]:
+    """The first two lines of a Markdown table with numbers in all columns but the first."""
+    return ["| " + " | ".join([first, *others]) + " |", "|---|" + "---:|" * len(others)]
+
+
 def table(dataset: str, tasks: str, beta: float) -> str:
     """Two Markdown tables: what was tried, the smallest mean gap first, and what it is judged by.
 
     Raises:
         UserError: nothing is known of that.
     """
-    record = pd.read_csv(RECORD) if RECORD.exists() else pd.DataFrame(columns=COLUMNS)
+    record = read()
     rows = record[(record["dataset"] == dataset) & (record["tasks"] == tasks) & (record["beta"] == beta)]
     if rows.empty:
         raise UserError(f"docs/unlearning.csv has nothing of {dataset}, {tasks}, {beta}: run the script, then collect")
-    rows = with_rebound(rows)
-    head = [f"{dataset}, {tasks}, {beta:g}", "n", "mean gap", *(title for title, _ in SHOWN.values())]
-    lines = ["| " + " | ".join([*head, "rounds", "MB up", "s"]) + " |", "|---|" + "---:|" * (len(head) + 2)]
-
+    titles = [title for title, _ in SHOWN.values()]
+    lines = header(f"{dataset}, {tasks}, {beta:g}", ["n", "mean gap", *titles, "rounds", "MB up", "s"])
     groups = sorted(rows.groupby(WAY, dropna=False), key=lambda g: (g[1]["avg_gap"].mean(), name(g[0])))
     for way, mine in groups:
         cells = [name(way), str(len(mine)), spread(mine["avg_gap"])]
         cells += [spread(mine[c], digits) for c, (_, digits) in SHOWN.items()]
         lines.append("| " + " | ".join([*cells, *(f"{mine[c].mean():.1f}" for c in COSTS)]) + " |")
-    lines += ["", "| what R and O are | R: forgotten % | retained % | test % | O: forgotten % | retained % | test % |"]
-    lines += ["|---|" + "---:|" * 6]
+    figures = ["forgotten %", "retained %", "test %"]
+    lines += ["", *header("what R and O are", [f"{who}: {what}" for who in "RO" for what in figures])]
     for key, mine in rows.drop_duplicates(["seed", "client", *MODEL]).groupby(MODEL, dropna=False):
-        figures = [spread(mine[prefix + k]) for prefix in ("R_", "O_") for k in ("FA", "RA", "TA")]
-        lines.append("| " + " | ".join([", ".join(str(k) for k in key if k == k), *figures]) + " |")
+        cells = [spread(mine[prefix + k]) for prefix in ("R_", "O_") for k in ("FA", "RA", "TA")]
+        lines.append("| " + " | ".join([", ".join(str(k) for k in key if k == k), *cells]) + " |")
     return "\n".join(lines)
+
+
+def place(setting: tuple[str, str, float]) -> tuple:
+    """Where a setting comes among others."""
+    dataset, tasks, beta = setting
+    return dataset != "seq-glyphs", tasks != "single", beta
+
+
+def summary() -> str:
+    """A Markdown table of mean gaps, ways by settings, best mean rank first; (n) where some requests are missing."""
+    record, cells, most = read(), {}, {}
+    for setting, rows in record.groupby(SETTING):
+        here = {name(way): mine["avg_gap"] for way, mine in rows.groupby(WAY, dropna=False)}
+        most[setting] = max(map(len, here.values()))
+        cells[setting] = here
+    settings = sorted(cells, key=place)
+    means = pd.DataFrame({s: {way: gaps.mean() for way, gaps in cells[s].items()} for s in settings})
+    order = means.rank(pct=True).mean(axis=1).sort_values(kind="stable").index
+    titles = [f"{dataset}, {tasks}, {beta:g} (n = {most[dataset, tasks, beta]})" for dataset, tasks, beta in settings]
+    lines = header("mean gap to retraining, points", titles)
+    for way in order:
+        row = []
+        for s in settings:
+            gaps = cells[s].get(way)
+            missing = gaps is not None and len(gaps) < most[s]
+            row.append("-" if gaps is None else spread(gaps) + (f" ({len(gaps)})" if missing else ""))
+        lines.append("| " + " | ".join([way, *row]) + " |")
+    return "\n".join(lines)
+
+
+def page() -> str:
+    """docs/unlearning.md: the summary and every table, with how each was made."""
+    parts = [INTRODUCTION, summary()]
+    for (dataset, tasks, beta), rows in sorted(read().groupby(SETTING), key=lambda g: place(g[0])):
+        seeds, clients = (", ".join(map(str, sorted(rows[c].unique()))) for c in ("seed", "client"))
+        rounds = ", ".join(f"{t:g} x {e:g}" for t, e in sorted(set(zip(rows["T"], rows["E"]))))
+        devices = sorted(rows["command"].str.extract(r"--device (\S+)")[0].dropna().unique())
+        title = {"single": "one task", "continual": "tasks in sequence"}[tasks]
+        parts.append(f"## {dataset}, {title}, Dirichlet {beta:g}")
+        parts.append(
+            f"{rows['K'].iloc[0]} clients; rounds x epochs {rounds}; seed {seeds}; forgotten: client {clients}, each "
+            f"in turn; on {' and '.join(devices)}; commit {commits(rows)}."
+        )
+        parts.append(table(dataset, tasks, beta))
+    return "\n\n".join(parts) + "\n"
 
 
 def main() -> int:
@@ -116,12 +190,17 @@ def main() -> int:
     tabling.add_argument("--dataset", required=True)
     tabling.add_argument("--tasks", choices=("single", "continual"), required=True)
     tabling.add_argument("--beta", type=float, required=True)
+    what.add_parser("page")
     args = parser.parse_args()
     try:
         if args.what == "collect":
             record = collect(args.folders)
             record.to_csv(RECORD, index=False, float_format="%.6g")
             print(f"{len(record)} requests in {RECORD.relative_to(ROOT)}")
+        elif args.what == "page":
+            with replacing(PAGE) as temporary:
+                temporary.write_text(page(), "utf-8")
+            print(f"{PAGE.relative_to(ROOT)}")
         else:
             print(table(args.dataset, args.tasks, args.beta))
     except UserError as e:

@@ -68,3 +68,26 @@ def test_means_gaps_and_rebound(record):
     assert said[-1] == "| sata, full | 50.0 | 90.0 | 80.0 | - | - | - |"
     with pytest.raises(UserError, match="nothing of d, continual"):
         record.table("d", "continual", 0.5)
+
+
+def test_a_summary_has_a_column_for_each_setting(record):
+    """Ways that rank best on average come first, whatever the scale of a column; what is missing is said."""
+    rows = [made(record, method="pga", client=c, avg_gap=1.0) for c in "03"]
+    rows += [made(record, method="not", client=c, avg_gap=0.5) for c in "03"]
+    rows += [made(record, method="pga", tasks="continual", client="0", avg_gap=90.0)]
+    rows += [made(record, method="not", tasks="continual", client=c, avg_gap=80.0) for c in "03"]
+    rows += [made(record, method="noop", client="0", avg_gap=7.0)]
+    pd.DataFrame(rows).to_csv(record.RECORD, index=False)
+    said = record.summary().splitlines()
+    assert said[0] == "| mean gap to retraining, points | d, single, 0.5 (n = 2) | d, continual, 0.5 (n = 2) |"
+    assert said[2:] == [
+        "| not | 0.5 ± 0.0 | 80.0 ± 0.0 |",
+        "| pga | 1.0 ± 0.0 | 90.0 (1) |",
+        "| noop | 7.0 (1) | - |",
+    ]
+
+
+def test_the_page_is_that_of_the_record():
+    """docs/unlearning.md holds every request of docs/unlearning.csv."""
+    page = unlearning_table.PAGE.read_text("utf-8")
+    assert page == unlearning_table.page(), "is stale: run `python scripts/unlearning_table.py page` and commit it"
