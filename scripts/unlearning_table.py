@@ -31,7 +31,7 @@ MODEL = ["model", "regime"]
 WAY = [*MODEL, "method", "sata_lambda", "sata_renorm", "recover_rounds"]
 KEY = ["dataset", "tasks", "K", "beta", "T", "E", "seed", "client", *WAY]
 METRICS = [f"{p}{k}" for k in ("FA", "RA", "FTA", "TA") for p in ("", "O_", "R_")]
-METRICS += ["mia_loss_auc", "R_mia_loss_auc", "avg_gap", "relD", "relearn", "R_relearn"]
+METRICS += ["mia_loss_auc", "O_mia_loss_auc", "R_mia_loss_auc", "avg_gap", "relD", "relearn", "R_relearn"]
 COSTS = ["rounds", "mb_up", "seconds"]
 COLUMNS = [*KEY, "n_forget", *METRICS, *COSTS, "commit", "command"]
 SHOWN = {
@@ -107,6 +107,14 @@ def read() -> pd.DataFrame:
     return with_rebound(pd.read_csv(RECORD, dtype={"client": str}))
 
 
+def of_nothing(rows: pd.DataFrame) -> pd.DataFrame:
+    """A row for each model, seed and client of ``rows``: what doing nothing is from retraining (``avg_gap``)."""
+    rows = rows.drop_duplicates([*SETTING, *MODEL, "seed", "client"])
+    gaps = [(rows[f"O_{k}"] - rows[f"R_{k}"]).abs() for k in ("FA", "RA", "TA")]
+    gaps.append(100 * (rows["O_mia_loss_auc"] - rows["R_mia_loss_auc"]).abs())
+    return rows.assign(avg_gap=sum(gaps) / len(gaps))
+
+
 def header(first: str, others: list[str]) -> list[str]:
     """The first two lines of a Markdown table with numbers in all columns but the first."""
     return ["| " + " | ".join([first, *others]) + " |", "|---|" + "---:|" * len(others)]
@@ -130,9 +138,11 @@ def table(dataset: str, tasks: str, beta: float) -> str:
         cells += [spread(mine[c], digits) for c, (_, digits) in SHOWN.items()]
         lines.append("| " + " | ".join([*cells, *(f"{mine[c].mean():.1f}" for c in COSTS)]) + " |")
     figures = ["forgotten %", "retained %", "test %"]
-    lines += ["", *header("what R and O are", [f"{who}: {what}" for who in "RO" for what in figures])]
-    for key, mine in rows.drop_duplicates(["seed", "client", *MODEL]).groupby(MODEL, dropna=False):
+    titles = [f"{who}: {what}" for who in "RO" for what in figures]
+    lines += ["", *header("what R and O are", [*titles, "O's mean gap"])]
+    for key, mine in of_nothing(rows).groupby(MODEL, dropna=False):
         cells = [spread(mine[prefix + k]) for prefix in ("R_", "O_") for k in ("FA", "RA", "TA")]
+        cells.append(spread(mine["avg_gap"]))
         lines.append("| " + " | ".join([", ".join(str(k) for k in key if k == k), *cells]) + " |")
     return "\n".join(lines)
 
@@ -148,6 +158,9 @@ def summary() -> str:
     record, cells, most = read(), {}, {}
     for setting, rows in record.groupby(SETTING):
         here = {name(way): mine["avg_gap"] for way, mine in rows.groupby(WAY, dropna=False)}
+        vectors = rows[rows["model"] != "fedavg"]  # nothing done to FedAvg is noop
+        for (model, regime), mine in of_nothing(vectors).groupby(MODEL):
+            here[f"({model}, {regime}: nothing done)"] = mine["avg_gap"]
         most[setting] = max(map(len, here.values()))
         cells[setting] = here
     settings = sorted(cells, key=place)

@@ -25,6 +25,7 @@ def made(record, **given):
         "R_FA": 50.0,
         "R_RA": 90.0,
         "R_TA": 80.0,
+        "R_mia_loss_auc": 0.5,
         "avg_gap": 1.0,
     }
     return {c: (row | given).get(c) for c in record.COLUMNS}
@@ -64,8 +65,8 @@ def test_means_gaps_and_rebound(record):
     assert said[2].startswith("| pga, 1 more | 1 | 0.5 | 55.0 | 5.0 | 91.0 | 1.0 |") and "| 15.0 |" in said[2]
     assert said[3].startswith("| pga | 2 | 1.0 ± 0.0 | 50.0 ± 14.1 | 10.0 ± 0.0 |")
     assert said[4].startswith("| sata, full, exact1 | 1 |")
-    assert said[-2] == "| fedavg | 50.0 ± 0.0 | 90.0 ± 0.0 | 80.0 ± 0.0 | - | - | - |"
-    assert said[-1] == "| sata, full | 50.0 | 90.0 | 80.0 | - | - | - |"
+    assert said[-2] == "| fedavg | 50.0 ± 0.0 | 90.0 ± 0.0 | 80.0 ± 0.0 | - | - | - | - |"
+    assert said[-1] == "| sata, full | 50.0 | 90.0 | 80.0 | - | - | - | - |"
     with pytest.raises(UserError, match="nothing of d, continual"):
         record.table("d", "continual", 0.5)
 
@@ -77,13 +78,17 @@ def test_a_summary_has_a_column_for_each_setting(record):
     rows += [made(record, method="pga", tasks="continual", client="0", avg_gap=90.0)]
     rows += [made(record, method="not", tasks="continual", client=c, avg_gap=80.0) for c in "03"]
     rows += [made(record, method="noop", client="0", avg_gap=7.0)]
+    before = {"O_FA": 56.0, "O_RA": 89.0, "O_TA": 80.0, "O_mia_loss_auc": 0.55}  # 6, 1, 0 and 5 from R
+    rows += [made(record, model="sata", regime="full", method="sata", sata_lambda="one", avg_gap=9.0, **before)]
     pd.DataFrame(rows).to_csv(record.RECORD, index=False)
     said = record.summary().splitlines()
     assert said[0] == "| mean gap to retraining, points | d, single, 0.5 (n = 2) | d, continual, 0.5 (n = 2) |"
     assert said[2:] == [
         "| not | 0.5 ± 0.0 | 80.0 ± 0.0 |",
+        "| (sata, full: nothing done) | 3.0 (1) | - |",  # third of five; pga is second of five and last of two
         "| pga | 1.0 ± 0.0 | 90.0 (1) |",
         "| noop | 7.0 (1) | - |",
+        "| sata, full, one | 9.0 (1) | - |",
     ]
 
 
