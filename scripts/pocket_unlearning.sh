@@ -34,5 +34,5 @@ for seed in ${SEEDS:-0 1 2}; do
   done
 done >"$jobs"
 run_all "$jobs"
-$PYTHON scripts/unlearning_table.py collect "$OUT"
-$PYTHON scripts/unlearning_table.py page
+$PYTHON scripts/unlearning_table.py --record "$OUT" collect "$OUT"
+$PYTHON scripts/unlearning_table.py --record "$OUT" page

@@ -4,6 +4,8 @@
     python scripts/unlearning_table.py table --dataset seq-digits --tasks single --beta 0.5
     python scripts/unlearning_table.py page                           # all tables: docs/unlearning.md
 
+``--record FOLDER`` keeps ``unlearning.csv`` and ``unlearning.md`` there instead.
+
 A line of the record is one request: whom, how, from which run, and what came of it. The same request takes the place of
 an older one. Tables are means and sample deviations over clients and seeds. Rebound is what the client's data gained by
 rounds of recovery, over the same without any.
@@ -24,8 +26,7 @@ from utils.compare import load_runs
 from utils.errors import UserError
 from utils.files import replacing
 
-RECORD = ROOT / "docs" / "unlearning.csv"
-PAGE = ROOT / "docs" / "unlearning.md"
+DOCS = ROOT / "docs"
 SETTING = ["dataset", "tasks", "beta"]
 MODEL = ["model", "regime"]
 WAY = [*MODEL, "method", "sata_lambda", "sata_renorm", "recover_rounds"]
@@ -59,8 +60,8 @@ its data again (mean over those that needed at most ten). `1 more`: with a round
 client's data gained in it. s: seconds of unlearning and recovery, or of training again, on the device that is named."""
 
 
-def collect(folders: list[str]) -> pd.DataFrame:
-    """The record with every request under ``folders`` in it. UserError: there is none."""
+def collect(folders: list[str], known: Path) -> pd.DataFrame:
+    """The record in the file ``known``, if there is one, with all requests under ``folders``. UserError: there are none."""
     runs, new = load_runs(folders), []
     for _, run in runs.iterrows():
         file = run["path"] / "unlearning.csv"
@@ -71,8 +72,8 @@ def collect(folders: list[str]) -> pd.DataFrame:
     if not new:
         raise UserError(f"no unlearning.csv below {' '.join(folders)}; make some with scripts/pocket_unlearning.sh")
     rows = pd.concat(new, ignore_index=True).reindex(columns=COLUMNS)
-    if RECORD.exists():
-        rows = pd.concat([pd.read_csv(RECORD), rows], ignore_index=True)
+    if known.exists():
+        rows = pd.concat([pd.read_csv(known), rows], ignore_index=True)
     rows["client"] = rows["client"].astype(str)
     return rows.drop_duplicates(KEY, keep="last").sort_values(KEY)
 
@@ -96,15 +97,15 @@ def name(way: tuple) -> str:
     return text + (f", {said['recover_rounds']:.0f} more" if said["recover_rounds"] else "")
 
 
-def read() -> pd.DataFrame:
-    """The record, with rebound and gaps.
+def read(file: Path) -> pd.DataFrame:
+    """A record, with rebound and gaps.
 
     Raises:
         UserError: there is none.
     """
-    if not RECORD.exists():
-        raise UserError(f"{RECORD} is not there: run scripts/pocket_unlearning.sh, then collect")
-    return with_rebound(pd.read_csv(RECORD, dtype={"client": str}))
+    if not file.exists():
+        raise UserError(f"{file} is not there: run scripts/pocket_unlearning.sh, then collect")
+    return with_rebound(pd.read_csv(file, dtype={"client": str}))
 
 
 def of_nothing(rows: pd.DataFrame) -> pd.DataFrame:
@@ -120,16 +121,15 @@ def header(first: str, others: list[str]) -> list[str]:
     return ["| " + " | ".join([first, *others]) + " |", "|---|" + "---:|" * len(others)]
 
 
-def table(dataset: str, tasks: str, beta: float) -> str:
+def table(record: pd.DataFrame, dataset: str, tasks: str, beta: float) -> str:
     """Two Markdown tables: what was tried, the smallest mean gap first, and what it is judged by.
 
     Raises:
         UserError: nothing is known of that.
     """
-    record = read()
     rows = record[(record["dataset"] == dataset) & (record["tasks"] == tasks) & (record["beta"] == beta)]
     if rows.empty:
-        raise UserError(f"docs/unlearning.csv has nothing of {dataset}, {tasks}, {beta}: run the script, then collect")
+        raise UserError(f"the record has nothing of {dataset}, {tasks}, {beta}: run the script, then collect")
     titles = [title for title, _ in SHOWN.values()]
     lines = header(f"{dataset}, {tasks}, {beta:g}", ["n", "mean gap", *titles, "rounds", "MB up", "s"])
     groups = sorted(rows.groupby(WAY, dropna=False), key=lambda g: (g[1]["avg_gap"].mean(), name(g[0])))
@@ -153,9 +153,9 @@ def place(setting: tuple[str, str, float]) -> tuple:
     return dataset != "seq-glyphs", tasks != "single", beta
 
 
-def summary() -> str:
+def summary(record: pd.DataFrame) -> str:
     """A Markdown table of mean gaps, ways by settings, best mean rank first; (n) where some requests are missing."""
-    record, cells, most = read(), {}, {}
+    cells, most = {}, {}
     for setting, rows in record.groupby(SETTING):
         here = {name(way): mine["avg_gap"] for way, mine in rows.groupby(WAY, dropna=False)}
         vectors = rows[rows["model"] != "fedavg"]  # nothing done to FedAvg is noop
@@ -178,10 +178,10 @@ def summary() -> str:
     return "\n".join(lines)
 
 
-def page() -> str:
-    """docs/unlearning.md: the summary and every table, with how each was made."""
-    parts = [INTRODUCTION, summary()]
-    for (dataset, tasks, beta), rows in sorted(read().groupby(SETTING), key=lambda g: place(g[0])):
+def page(record: pd.DataFrame) -> str:
+    """unlearning.md: the summary and every table, with how each was made."""
+    parts = [INTRODUCTION, summary(record)]
+    for (dataset, tasks, beta), rows in sorted(record.groupby(SETTING), key=lambda g: place(g[0])):
         seeds, clients = (", ".join(map(str, sorted(rows[c].unique()))) for c in ("seed", "client"))
         rounds = ", ".join(f"{t:g} x {e:g}" for t, e in sorted(set(zip(rows["T"], rows["E"]))))
         devices = sorted(rows["command"].str.extract(r"--device (\S+)")[0].dropna().unique())
@@ -191,12 +191,13 @@ def page() -> str:
             f"{rows['K'].iloc[0]} clients; rounds x epochs {rounds}; seed {seeds}; forgotten: client {clients}, each "
             f"in turn; on {' and '.join(devices)}; commit {commits(rows)}."
         )
-        parts.append(table(dataset, tasks, beta))
+        parts.append(table(record, dataset, tasks, beta))
     return "\n\n".join(parts) + "\n"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--record", type=Path, default=DOCS, metavar="FOLDER")
     what = parser.add_subparsers(dest="what", required=True)
     what.add_parser("collect").add_argument("folders", nargs="+")
     tabling = what.add_parser("table")
@@ -205,17 +206,20 @@ def main() -> int:
     tabling.add_argument("--beta", type=float, required=True)
     what.add_parser("page")
     args = parser.parse_args()
+    file = args.record / "unlearning.csv"
     try:
         if args.what == "collect":
-            record = collect(args.folders)
-            record.to_csv(RECORD, index=False, float_format="%.6g")
-            print(f"{len(record)} requests in {RECORD.relative_to(ROOT)}")
+            record = collect(args.folders, file)
+            with replacing(file) as temporary:
+                record.to_csv(temporary, index=False, float_format="%.6g")
+            print(f"{len(record)} requests in {file}")
         elif args.what == "page":
-            with replacing(PAGE) as temporary:
-                temporary.write_text(page(), "utf-8")
-            print(f"{PAGE.relative_to(ROOT)}")
+            made = page(read(file))
+            with replacing(file.with_suffix(".md")) as temporary:
+                temporary.write_text(made, "utf-8")
+            print(file.with_suffix(".md"))
         else:
-            print(table(args.dataset, args.tasks, args.beta))
+            print(table(read(file), args.dataset, args.tasks, args.beta))
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

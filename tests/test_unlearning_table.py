@@ -5,20 +5,16 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from scripts import unlearning_table
+from scripts import unlearning_table as script
 from tests.helpers import run
 from utils.errors import UserError
 
 
-@pytest.fixture
-def record(tmp_path, monkeypatch):
-    monkeypatch.setattr(unlearning_table, "RECORD", tmp_path / "unlearning.csv")
-    return unlearning_table
-
-
-def made(record, **given):
+def made(**given) -> dict:
     usual = {"dataset": "d", "tasks": "single", "K": 10, "beta": 0.5, "T": 3, "E": 2, "seed": 0, "client": "0"}
     row = usual | {
+        "commit": "abcdef0",
+        "command": "python main.py --device cpu",
         "model": "fedavg",
         "method": "pga",
         "recover_rounds": 0,
@@ -28,27 +24,32 @@ def made(record, **given):
         "R_mia_loss_auc": 0.5,
         "avg_gap": 1.0,
     }
-    return {c: (row | given).get(c) for c in record.COLUMNS}
+    return {c: (row | given).get(c) for c in script.COLUMNS}
 
 
-def test_requests_of_a_real_run(record, tmp_path):
+def record_of(rows: list[dict], folder) -> pd.DataFrame:
+    """The rows as a record that was read."""
+    pd.DataFrame(rows).to_csv(folder / "unlearning.csv", index=False)
+    return script.read(folder / "unlearning.csv")
+
+
+def test_requests_of_a_real_run(tmp_path):
     argv = "--model fedavg --dataset seq-digits --backbone mnistmlp --joint 1 --fl --num_clients 4 --num_comm_rounds 1"
     argv += " --device cpu --n_epochs 1 --unlearn noop --unlearn_client 1 2+3"
     assert run(argv.split(), tmp_path / "runs") == 0
-    rows = record.collect([str(tmp_path / "runs")])
+    rows = script.collect([str(tmp_path / "runs")], tmp_path / "unlearning.csv")
     assert list(rows["client"]) == ["1", "2+3"] and set(rows["tasks"]) == {"single"}
     assert rows["command"].str.contains("--joint 1").all() and (rows["FA"] == rows["O_FA"]).all()
-    rows.to_csv(record.RECORD, index=False)
-    assert len(record.collect([str(tmp_path / "runs")])) == 2  # the same requests again
+    rows.to_csv(tmp_path / "unlearning.csv", index=False)
+    assert len(script.collect([str(tmp_path / "runs")], tmp_path / "unlearning.csv")) == 2  # the same requests again
 
 
-def test_means_gaps_and_rebound(record):
+def test_means_gaps_and_rebound(tmp_path):
     rows = [
-        made(record, client="0", FA=40.0, RA=91.0, TA=80.0),
-        made(record, client="3", FA=60.0, RA=91.0, TA=80.0),
-        made(record, client="0", FA=55.0, RA=91.0, TA=80.0, recover_rounds=1, avg_gap=0.5),
+        made(client="0", FA=40.0, RA=91.0, TA=80.0),
+        made(client="3", FA=60.0, RA=91.0, TA=80.0),
+        made(client="0", FA=55.0, RA=91.0, TA=80.0, recover_rounds=1, avg_gap=0.5),
         made(
-            record,
             client="0",
             FA=50.0,
             RA=90.0,
@@ -60,28 +61,27 @@ def test_means_gaps_and_rebound(record):
             regime="full",
         ),
     ]
-    pd.DataFrame(rows).to_csv(record.RECORD, index=False)
-    said = record.table("d", "single", 0.5).splitlines()
+    record = record_of(rows, tmp_path)
+    said = script.table(record, "d", "single", 0.5).splitlines()
     assert said[2].startswith("| pga, 1 more | 1 | 0.5 | 55.0 | 5.0 | 91.0 | 1.0 |") and "| 15.0 |" in said[2]
     assert said[3].startswith("| pga | 2 | 1.0 ± 0.0 | 50.0 ± 14.1 | 10.0 ± 0.0 |")
     assert said[4].startswith("| sata, full, exact1 | 1 |")
     assert said[-2] == "| fedavg | 50.0 ± 0.0 | 90.0 ± 0.0 | 80.0 ± 0.0 | - | - | - | - |"
     assert said[-1] == "| sata, full | 50.0 | 90.0 | 80.0 | - | - | - | - |"
     with pytest.raises(UserError, match="nothing of d, continual"):
-        record.table("d", "continual", 0.5)
+        script.table(record, "d", "continual", 0.5)
 
 
-def test_a_summary_has_a_column_for_each_setting(record):
+def test_a_summary_has_a_column_for_each_setting(tmp_path):
     """Ways that rank best on average come first, whatever the scale of a column; what is missing is said."""
-    rows = [made(record, method="pga", client=c, avg_gap=1.0) for c in "03"]
-    rows += [made(record, method="not", client=c, avg_gap=0.5) for c in "03"]
-    rows += [made(record, method="pga", tasks="continual", client="0", avg_gap=90.0)]
-    rows += [made(record, method="not", tasks="continual", client=c, avg_gap=80.0) for c in "03"]
-    rows += [made(record, method="noop", client="0", avg_gap=7.0)]
+    rows = [made(method="pga", client=c, avg_gap=1.0) for c in "03"]
+    rows += [made(method="not", client=c, avg_gap=0.5) for c in "03"]
+    rows += [made(method="pga", tasks="continual", client="0", avg_gap=90.0)]
+    rows += [made(method="not", tasks="continual", client=c, avg_gap=80.0) for c in "03"]
+    rows += [made(method="noop", client="0", avg_gap=7.0)]
     before = {"O_FA": 56.0, "O_RA": 89.0, "O_TA": 80.0, "O_mia_loss_auc": 0.55}  # 6, 1, 0 and 5 from R
-    rows += [made(record, model="sata", regime="full", method="sata", sata_lambda="one", avg_gap=9.0, **before)]
-    pd.DataFrame(rows).to_csv(record.RECORD, index=False)
-    said = record.summary().splitlines()
+    rows += [made(model="sata", regime="full", method="sata", sata_lambda="one", avg_gap=9.0, **before)]
+    said = script.summary(record_of(rows, tmp_path)).splitlines()
     assert said[0] == "| mean gap to retraining, points | d, single, 0.5 (n = 2) | d, continual, 0.5 (n = 2) |"
     assert said[2:] == [
         "| not | 0.5 ± 0.0 | 80.0 ± 0.0 |",
@@ -94,5 +94,15 @@ def test_a_summary_has_a_column_for_each_setting(record):
 
 def test_the_page_is_that_of_the_record():
     """docs/unlearning.md holds every request of docs/unlearning.csv."""
-    page = unlearning_table.PAGE.read_text("utf-8")
-    assert page == unlearning_table.page(), "is stale: run `python scripts/unlearning_table.py page` and commit it"
+    page = (script.DOCS / "unlearning.md").read_text("utf-8")
+    record = script.read(script.DOCS / "unlearning.csv")
+    assert page == script.page(record), "is stale: run `python scripts/unlearning_table.py page` and commit it"
+
+
+def test_a_record_elsewhere(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["unlearning_table.py", "--record", str(tmp_path), "page"])
+    assert script.main() == 2 and "unlearning.csv is not there" in capsys.readouterr().err
+    record_of([made()], tmp_path)
+    assert script.main() == 0
+    page = (tmp_path / "unlearning.md").read_text()
+    assert "## d, one task, Dirichlet 0.5" in page and "on cpu; commit abcdef0." in page
