@@ -61,7 +61,7 @@ client's data gained in it. s: seconds of unlearning and recovery, or of trainin
 
 
 def collect(folders: list[str], known: Path) -> pd.DataFrame:
-    """The record in the file ``known``, if there is one, with all requests under ``folders``. UserError: there are none."""
+    """The record ``known``, if the file is there, with all requests under ``folders``. UserError: there are none."""
     runs, new = load_runs(folders), []
     for _, run in runs.iterrows():
         file = run["path"] / "unlearning.csv"
