@@ -85,6 +85,7 @@ def test_head_rows_are_not_held(rig):
     assert r.model.fish and all(n.startswith("lora.") for n in r.model.fish)
 
 
+@pytest.mark.usefixtures("nano")
 @pytest.mark.parametrize("engine", ["batched --clients_per_batch 3"])
 def test_clients_stack(rig, engine):
     flags = f"--model ewc --preset lora --e_lambda 50 {SHORT} {SGD} --stop_after 2"
