@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import pandas as pd
 
-from scripts.pocket_report import RECORD, TITLES, commits, spread
+from scripts.pocket_report import RECORD, TITLES, cells, commits, spread
 from utils.args import HerdParser, add_general_args, add_method_args
 from utils.errors import UserError
 from utils.files import replacing
@@ -39,11 +39,6 @@ def tree(file: Path) -> ast.Module:
 def summary(docstring: str) -> str:
     """The first sentence of a docstring, on one line."""
     return re.split(r"(?<=[^.]\.)\s+(?=[A-Z`])|$", " ".join(docstring.split("\n\n")[0].split()), maxsplit=1)[0]
-
-
-def cells(*values: object) -> str:
-    """A row of a Markdown table."""
-    return "| " + " | ".join(str(value).replace("|", r"\|").replace("\n", " ") for value in values) + " |"
 
 
 def runs_where(cls: type) -> str:

@@ -98,16 +98,21 @@ def table(dataset: str, beta: float, rows: list[str] | None, bias: bool) -> str:
     head = [dataset, "seeds", "FAA %", "forgetting", "task-IL %"]
     head += ["incremental bias %", "federated bias %"] if bias else []
     head += ["MB up", "MB down", "CPU s", "commit"]
-    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 2) + "---|"]
+    lines = [cells(*head), "|---|" + "---:|" * (len(head) - 2) + "---|"]
     order = mine.groupby("row")["faa"].mean().sort_values(ascending=False).index
     for row in order:
         runs = mine[mine["row"] == row]
-        cells = [TITLES.get(row, row), str(len(runs)), *(spread(runs[m]) for m in ("faa", "forgetting", "faa_task_il"))]
-        cells += [spread(100 * runs[m]) for m in ("incremental_bias", "federated_bias")] if bias else []
-        cells += [f"{runs[m].mean():.1f}" if runs[m].notna().any() else "-" for m in ("uplink_mb", "downlink_mb")]
+        said = [TITLES.get(row, row), len(runs), *(spread(runs[m]) for m in ("faa", "forgetting", "faa_task_il"))]
+        said += [spread(100 * runs[m]) for m in ("incremental_bias", "federated_bias")] if bias else []
+        said += [f"{runs[m].mean():.1f}" if runs[m].notna().any() else "-" for m in ("uplink_mb", "downlink_mb")]
         cpu = runs["train_cpu_seconds"].dropna()
-        lines.append("| " + " | ".join([*cells, f"{cpu.mean():.0f}" if len(cpu) else "-", commits(runs)]) + " |")
+        lines.append(cells(*said, f"{cpu.mean():.0f}" if len(cpu) else "-", commits(runs)))
     return "\n".join(lines)
+
+
+def cells(*values: object) -> str:
+    """A row of a Markdown table."""
+    return "| " + " | ".join(str(value).replace("|", r"\|").replace("\n", " ") for value in values) + " |"
 
 
 def spread(values: pd.Series, digits: int = 1) -> str:

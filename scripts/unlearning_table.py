@@ -21,13 +21,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import pandas as pd
 
-from scripts.pocket_report import ROOT, commits, spread
+from scripts.pocket_report import ROOT, cells, commits, spread
 from utils.compare import load_runs
 from utils.errors import UserError
 from utils.files import replacing
+from utils.unlearning_metrics import AVERAGED, gap
 
 DOCS = ROOT / "docs"
 SETTING = ["dataset", "tasks", "beta"]
+TEXT = {"client": str, "commit": str}  # a commit may be all digits
 MODEL = ["model", "regime"]
 WAY = [*MODEL, "method", "sata_lambda", "sata_renorm", "recover_rounds"]
 KEY = ["dataset", "tasks", "K", "beta", "T", "E", "seed", "client", *WAY]
@@ -73,14 +75,14 @@ def collect(folders: list[str], known: Path) -> pd.DataFrame:
         raise UserError(f"no unlearning.csv below {' '.join(folders)}; make some with scripts/pocket_unlearning.sh")
     rows = pd.concat(new, ignore_index=True).reindex(columns=COLUMNS)
     if known.exists():
-        rows = pd.concat([pd.read_csv(known), rows], ignore_index=True)
+        rows = pd.concat([pd.read_csv(known, dtype=TEXT), rows], ignore_index=True)
     rows["client"] = rows["client"].astype(str)
     return rows.drop_duplicates(KEY, keep="last").sort_values(KEY)
 
 
 def with_rebound(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows with the gaps to R, and ``rebound`` where there is the same request without recovery."""
-    rows = rows.assign(**{f"{k}_gap": (rows[k] - rows[f"R_{k}"]).abs() for k in ("FA", "RA", "TA")})
+    rows = rows.assign(**{f"{k}_gap": gap(k, rows[k], rows[f"R_{k}"]) for k in ("FA", "RA", "TA")})
     same = [k for k in KEY if k != "recover_rounds"]
     at_once = rows[rows["recover_rounds"] == 0][[*same, "FA"]].rename(columns={"FA": "FA_at_once"})
     rows = rows.merge(at_once, on=same, how="left")
@@ -105,20 +107,18 @@ def read(file: Path) -> pd.DataFrame:
     """
     if not file.exists():
         raise UserError(f"{file} is not there: run scripts/pocket_unlearning.sh, then collect")
-    return with_rebound(pd.read_csv(file, dtype={"client": str}))
+    return with_rebound(pd.read_csv(file, dtype=TEXT))
 
 
 def of_nothing(rows: pd.DataFrame) -> pd.DataFrame:
     """A row for each model, seed and client of ``rows``: what doing nothing is from retraining (``avg_gap``)."""
     rows = rows.drop_duplicates([*SETTING, *MODEL, "seed", "client"])
-    gaps = [(rows[f"O_{k}"] - rows[f"R_{k}"]).abs() for k in ("FA", "RA", "TA")]
-    gaps.append(100 * (rows["O_mia_loss_auc"] - rows["R_mia_loss_auc"]).abs())
-    return rows.assign(avg_gap=sum(gaps) / len(gaps))
+    return rows.assign(avg_gap=sum(gap(k, rows[f"O_{k}"], rows[f"R_{k}"]) for k in AVERAGED) / len(AVERAGED))
 
 
 def header(first: str, others: list[str]) -> list[str]:
     """The first two lines of a Markdown table with numbers in all columns but the first."""
-    return ["| " + " | ".join([first, *others]) + " |", "|---|" + "---:|" * len(others)]
+    return [cells(first, *others), "|---|" + "---:|" * len(others)]
 
 
 def table(record: pd.DataFrame, dataset: str, tasks: str, beta: float) -> str:
@@ -134,16 +134,14 @@ def table(record: pd.DataFrame, dataset: str, tasks: str, beta: float) -> str:
     lines = header(f"{dataset}, {tasks}, {beta:g}", ["n", "mean gap", *titles, "rounds", "MB up", "s"])
     groups = sorted(rows.groupby(WAY, dropna=False), key=lambda g: (g[1]["avg_gap"].mean(), name(g[0])))
     for way, mine in groups:
-        cells = [name(way), str(len(mine)), spread(mine["avg_gap"])]
-        cells += [spread(mine[c], digits) for c, (_, digits) in SHOWN.items()]
-        lines.append("| " + " | ".join([*cells, *(f"{mine[c].mean():.1f}" for c in COSTS)]) + " |")
-    figures = ["forgotten %", "retained %", "test %"]
-    titles = [f"{who}: {what}" for who in "RO" for what in figures]
+        figures = [spread(mine[c], digits) for c, (_, digits) in SHOWN.items()]
+        costs = [f"{mine[c].mean():.1f}" for c in COSTS]
+        lines.append(cells(name(way), len(mine), spread(mine["avg_gap"]), *figures, *costs))
+    titles = [f"{who}: {what} %" for who in "RO" for what in ("forgotten", "retained", "test")]
     lines += ["", *header("what R and O are", [*titles, "O's mean gap"])]
     for key, mine in of_nothing(rows).groupby(MODEL, dropna=False):
-        cells = [spread(mine[prefix + k]) for prefix in ("R_", "O_") for k in ("FA", "RA", "TA")]
-        cells.append(spread(mine["avg_gap"]))
-        lines.append("| " + " | ".join([", ".join(str(k) for k in key if k == k), *cells]) + " |")
+        figures = [spread(mine[prefix + k]) for prefix in ("R_", "O_") for k in ("FA", "RA", "TA")]
+        lines.append(cells(", ".join(str(k) for k in key if k == k), *figures, spread(mine["avg_gap"])))
     return "\n".join(lines)
 
 
@@ -155,26 +153,26 @@ def place(setting: tuple[str, str, float]) -> tuple:
 
 def summary(record: pd.DataFrame) -> str:
     """A Markdown table of mean gaps, ways by settings, best mean rank first; (n) where some requests are missing."""
-    cells, most = {}, {}
+    known, most = {}, {}
     for setting, rows in record.groupby(SETTING):
         here = {name(way): mine["avg_gap"] for way, mine in rows.groupby(WAY, dropna=False)}
         vectors = rows[rows["model"] != "fedavg"]  # nothing done to FedAvg is noop
         for (model, regime), mine in of_nothing(vectors).groupby(MODEL):
             here[f"({model}, {regime}: nothing done)"] = mine["avg_gap"]
         most[setting] = max(map(len, here.values()))
-        cells[setting] = here
-    settings = sorted(cells, key=place)
-    means = pd.DataFrame({s: {way: gaps.mean() for way, gaps in cells[s].items()} for s in settings})
+        known[setting] = here
+    settings = sorted(known, key=place)
+    means = pd.DataFrame({s: {way: gaps.mean() for way, gaps in known[s].items()} for s in settings})
     order = means.rank(pct=True).mean(axis=1).sort_values(kind="stable").index
     titles = [f"{dataset}, {tasks}, {beta:g} (n = {most[dataset, tasks, beta]})" for dataset, tasks, beta in settings]
     lines = header("mean gap to retraining, points", titles)
     for way in order:
         row = []
         for s in settings:
-            gaps = cells[s].get(way)
+            gaps = known[s].get(way)
             missing = gaps is not None and len(gaps) < most[s]
             row.append("-" if gaps is None else spread(gaps) + (f" ({len(gaps)})" if missing else ""))
-        lines.append("| " + " | ".join([way, *row]) + " |")
+        lines.append(cells(way, *row))
     return "\n".join(lines)
 
 

@@ -13,7 +13,7 @@ from utils.errors import UserError
 def made(**given) -> dict:
     usual = {"dataset": "d", "tasks": "single", "K": 10, "beta": 0.5, "T": 3, "E": 2, "seed": 0, "client": "0"}
     row = usual | {
-        "commit": "abcdef0",
+        "commit": "4682847",  # no number
         "command": "python main.py --device cpu",
         "model": "fedavg",
         "method": "pga",
@@ -105,4 +105,4 @@ def test_a_record_elsewhere(tmp_path, monkeypatch, capsys):
     record_of([made()], tmp_path)
     assert script.main() == 0
     page = (tmp_path / "unlearning.md").read_text()
-    assert "## d, one task, Dirichlet 0.5" in page and "on cpu; commit abcdef0." in page
+    assert "## d, one task, Dirichlet 0.5" in page and "on cpu; commit 4682847." in page

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 EPS = 1e-12
+AVERAGED = ("FA", "RA", "TA", "mia_loss_auc")  # figures whose gaps to R make the mean gap
 
 
 def accuracy(p: np.ndarray, y: np.ndarray) -> float:
@@ -200,6 +201,11 @@ def attacks(p: Mapping[str, np.ndarray], y: Mapping[str, np.ndarray], seed: int 
     return out
 
 
+def gap(name: str, one, other):
+    """How far a figure, by its name, is from another of its kind, in points; of floats or of pandas columns."""
+    return abs(one - other) * (100 if name.startswith("mia") else 1)
+
+
 def report(
     V: Mapping[str, np.ndarray], y: Mapping[str, np.ndarray], R: Mapping[str, np.ndarray] | None = None, seed: int = 0
 ) -> dict[str, float]:
@@ -209,9 +215,9 @@ def report(
     if R is None:
         return out
     target = figures(R, y)
-    gaps = {f"{n}_gap": abs(v - target[n]) * (100 if n.startswith("mia") else 1) for n, v in mine.items()}
+    gaps = {f"{n}_gap": gap(n, v, target[n]) for n, v in mine.items()}
     out |= gaps
-    out["avg_gap"] = float(np.mean([gaps[f"{n}_gap"] for n in ("FA", "RA", "TA", "mia_loss_auc")]))
+    out["avg_gap"] = float(np.mean([gaps[f"{n}_gap"] for n in AVERAGED]))
     return out | {
         "kl_f": kl(R["forget"], V["forget"]),
         "kl_r": kl(R["retain"], V["retain"]),

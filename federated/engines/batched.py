@@ -235,18 +235,18 @@ class BatchedEngine(Engine):
         if args.debug_mode:
             n_batches = [min(n, worker.get_debug_iters()) for n in n_batches]
         # the last moment at which so many train together: by then they have gone different ways
-        least = max(self._worth(), 2)
-        proof = (
-            (args.n_epochs - 1, n_batches[least - 1] - 1) if len(clients) >= least and self._proven != task else None
-        )
+        least, proof = max(self._worth(), 2), None
+        if len(clients) >= least and self._proven != task:
+            proof = args.n_epochs - 1, n_batches[least - 1] - 1
         total = torch.zeros(len(clients), device=worker.device)
         for epoch in range(args.n_epochs):
             for j, (sizes, inputs, labels) in enumerate(loader):
                 if j == n_batches[0]:
                     break
                 active = tuple(clients[: len(sizes)])
-                few = len(active) < self._worth()
-                gradients = self._folded if self._folds else self._each if few else self._vmapped
+                gradients = self._folded if self._folds else self._vmapped
+                if len(active) < self._worth():
+                    gradients = self._each
                 losses, grads = gradients(stack, active, sizes, inputs, labels, [s for _, _, s in learners])
                 # autograd's may be transposed; a fused optimiser wants them as the tensors are
                 grads = {n: None if g is None else g.contiguous() for n, g in grads.items()}
