@@ -213,7 +213,7 @@ class TaskArithmetic(FederatedModel):
         """A function (c_1, ...) -> f(x) (B, d) at theta_0 + sum_i c_i v_i; in the tangent without further passes."""
         lin = self._own_lin
         if self.args.regime == "linear":
-            f0, products = lin.output(x), lin.tangents(x, vectors)
+            f0, products = lin.expansion(x, vectors)
             return lambda *c: sum((ci * p for ci, p in zip(c, products)), f0)
 
         @torch.no_grad()

@@ -78,26 +78,28 @@ class Linearized:
 
     @torch.no_grad()
     def output(self, x: Tensor) -> Tensor:
-        """f(x, theta_0) (B, C)."""
-        with evaluating(self.net):
+        """f(x, theta_0) (B, C), to the bit what :meth:`expansion` says of it."""
+        with evaluating(self.net), differentiable_forward(self.net):
             return self.function(x)
 
     @torch.no_grad()
-    def tangents(self, x: Tensor, taus: Iterable[Tensors]) -> list[Tensor]:
-        """J(x) tau (B, C) for each of several tau.
+    def expansion(self, x: Tensor, taus: Iterable[Tensors]) -> tuple[Tensor, list[Tensor]]:
+        """f(x, theta_0) (B, C), which a product in forward mode gives as well, and J(x) tau (B, C) for each tau.
 
         Of a weighted sum of task vectors the answer is the weighted sum: sweeps over coefficients cost no more passes.
         """
-        start, products = self.start(), []
+        start, f0, products = self.start(), None, []
         with evaluating(self.net), differentiable_forward(self.net):
             for tau in taus:
                 moved = {n: start[n] for n in tau}
-                products.append(jvp(lambda theta: self.at(theta, x), (moved,), (dict(tau),))[1])
-        return products
+                f0, product = jvp(lambda theta: self.at(theta, x), (moved,), (dict(tau),))
+                products.append(product)
+        return self.output(x) if f0 is None else f0, products
 
     def __call__(self, x: Tensor, tau: Tensors) -> Tensor:
         """f_lin(x, tau) (B, C), without a graph."""
-        return self.output(x) + self.tangents(x, [tau])[0]
+        f0, (product,) = self.expansion(x, [tau])
+        return f0 + product
 
     def step(
         self, x: Tensor, tau: Tensors, loss: Callable[[Tensor, Tensor], Tensor]
@@ -110,7 +112,7 @@ class Linearized:
         Returns:
             (loss, {name: gradient like tau}).
         """
-        (product,) = self.tangents(x, [tau])
+        _, (product,) = self.expansion(x, [tau])
         leaves = {n: p.requires_grad_() for n, p in self.start().items() if n in tau}
         with evaluating(self.net), torch.enable_grad():
             f0 = self.at(leaves, x)

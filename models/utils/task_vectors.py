@@ -386,7 +386,7 @@ def localisation(method, dataset, folder: Path) -> float:
     scores, owners = [], []
     for t in range(len(method.taus)):
         for x, _ in evaluation_batches(dataset, t, method.device, slice(1024)):
-            products = method._own_lin.tangents(x, method.taus)
+            _, products = method._own_lin.expansion(x, method.taus)
             scores.append(torch.stack([p.square().sum(1) for p in products], 1).cpu())
             owners += [t] * len(x)
     score, owner = torch.cat(scores), torch.tensor(owners)

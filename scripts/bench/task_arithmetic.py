@@ -4,6 +4,8 @@ factors   One pass over ``--images`` images: a drawn cotangent for each image (B
           vectors, which is exact. Seconds, and the ratio.
 step      A training step in the tangent regime: one forward-mode product and one backward pass at theta_0, against
           differentiating through the forward-mode product as published code does; and a step of the network itself.
+output    f_lin of a batch without a graph: both terms from one product in forward mode, against a pass of its own for
+          f(x, theta_0), and against the network itself.
 penalty   A step with the penalty over a step without; target: at most 15 % more.
 tasks     The penalty's cost for 2, 4 and 8 tasks, accumulated (eq. 8) and one by one (eq. 7), in one step.
 memory    Peak memory of the two ways to take a step, each in a process of its own, less what was there before: what is
@@ -112,6 +114,21 @@ def bench_step(o):
     ]
 
 
+def bench_output(o):
+    lin, _ = network(o)
+    s = Steps(lin, o.batch, o.device)
+    sides = {
+        "mine": lambda r: lin(s.x, s.tau),
+        "apart": lambda r: lin.output(s.x) + lin.expansion(s.x, [s.tau])[1][0],
+        "network": lambda r: lin.output(s.x),
+    }
+    times = common.in_turns(sides, o.repeats, device=o.device)
+    return [
+        line("output", f"batch {o.batch}", times, "mine", "apart"),
+        line("output", f"batch {o.batch}, the network itself", times, "network", "mine"),
+    ]
+
+
 def references(lin, layout, n, device, images=8):
     g, tasks = torch.Generator().manual_seed(2), []
     for _ in range(n):
@@ -189,6 +206,7 @@ def child(o):
 PARTS = {
     "factors": bench_factors,
     "step": bench_step,
+    "output": bench_output,
     "penalty": bench_penalty,
     "tasks": bench_tasks,
     "memory": bench_memory,

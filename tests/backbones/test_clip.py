@@ -99,7 +99,7 @@ def test_groups_and_curvature():
     factors = curvature(net, layout, lin.function, [x], draws=0)
     name = "vision_model.embeddings.class_embedding"
     tau = {n: torch.randn_like(p) if n == name else torch.zeros_like(p) for n, p in lin.start().items()}
-    drift = lin.tangents(x, [tau])[0].square().sum()
+    drift = lin.expansion(x, [tau])[1][0].square().sum()
     torch.testing.assert_close(tau[name] @ factors.F[name] @ tau[name], drift)
     with torch.no_grad():
         e = net.eval()(x, returnt="features")

@@ -160,7 +160,7 @@ def test_penalty_is_the_drift_of_the_other_tasks(make, tmp_path):
     lin, total, n = worker._own_lin, 0.0, 0
     for t in range(1, 5):
         for x, _ in r.dataset.loader(r.dataset.task_indices(t), t, 64, False, split="train"):
-            total, n = total + float(lin.tangents(x, [tau])[0].square().sum()), n + len(x)
+            total, n = total + float(lin.expansion(x, [tau])[1][0].square().sum()), n + len(x)
     assert float(value) == pytest.approx(total / n, rel=1e-4)
 
 
@@ -386,7 +386,7 @@ def test_tau_jp_adds_the_mean_length(make):
 
     def penalty(c):
         moved = {n: t + c * direction if n == name else t for n, t in tau.items()}
-        return sum(float(worker._own_lin.tangents(s, [moved])[0].norm(dim=1).mean()) for s in shown) / 4
+        return sum(float(worker._own_lin.expansion(s, [moved])[1][0].norm(dim=1).mean()) for s in shown) / 4
 
     slope = (penalty(h) - penalty(-h)) / (2 * h)
     got = float(((steps[0][name] - grads[name]) * direction).sum())
