@@ -214,6 +214,11 @@ class Sata(TaskArithmetic):
 
     # ---------------------------------------------------------------- client
 
+    def why_one_by_one(self) -> str | None:
+        if self.args.iso_schedule != "on_request":
+            return "a client trains its two vectors one after the other"
+        return None  # the other is trained when it is asked for: local_update is the ordinary one
+
     def local_update(self, message: Message, client) -> Message:
         draws, everything = client.generator.get_state(), client.indices
         reply = super().local_update(message, client)

@@ -234,11 +234,11 @@ class Tak(TaskArithmetic):
         kind = kfac.DiagonalPenalty if self.args.curvature == "diag" else kfac.Penalty
         return kind(terms, self._own_lin.start(), self.scales())
 
-    def add_penalty(self, tau):
-        penalty, step = self._own_penalty[1], self._own_seen // self.args.virtual_bs_n
+    def add_penalty(self, turn, step):
+        penalty = self._own_penalty[1]
         if penalty is None or step % self.args.kfac_cadence:
-            return 0.0
-        value, grads = penalty({n: p.detach() for n, p in tau.items()})
+            return None
+        value, grads = penalty({n: p.detach() for n, p in turn.tau.items()})
         for n, g in grads.items():
-            tau[n].grad.add_(g, alpha=self.args.reg_lambda)
+            turn.tau[n].grad.add_(g, alpha=self.args.reg_lambda)
         return self.args.reg_lambda * value

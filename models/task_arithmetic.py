@@ -391,35 +391,39 @@ class TaskArithmetic(FederatedModel):
         found, alone, n = right(self, batches, self.get_offsets(client.task), vectors, grid)
         return Message({"right": torch.cat((found, alone[None], n[None]))})
 
-    def local_update(self, message: Message, client) -> Message:
-        client.indices = self.kept(client)[0]
-        return super().local_update(message, client)
+    def training_samples(self, client) -> Tensor:
+        return self.kept(client)[0]
 
     def before_local(self, message, client) -> None:
         self.rows = message["rows"].to(self.device)
         batches = -(-client.n_samples // self.args.batch_size)
         if self.args.debug_mode:
             batches = min(batches, self.get_debug_iters())
-        self._own_batches = self.local_epochs() * batches
-        self._own_seen = 0
+        self._own_turn.batches = self.local_epochs() * batches
 
     def start_training(self) -> None:
-        """With ``--lora_r`` a turn trains tau = start + B A with new factors, B = 0: on top of what all have learnt."""
+        """With ``--lora_r`` a turn trains tau = start + B A with new factors, B = 0: on top of what all have learnt.
+
+        Of the turn: ``tau`` {name: parameter}, ``seen``, how many of its ``batches`` are over, ``summed``, the gradient
+        of those that make the next step; with ``--lora_r`` ``start``.
+        """
         super().start_training()
+        turn = self._own_turn
+        turn.tau, turn.seen, turn.summed = self.current_tau(), 0, {}
         if not self.args.lora_r:
             return
-        self._own_start, self._own_trained = {n: p.detach().clone() for n, p in self.current_tau().items()}, {}
-        for n, start in self._own_start.items():
+        turn.start, turn.trained = {n: p.detach().clone() for n, p in turn.tau.items()}, {}
+        for n, start in turn.start.items():
             A = torch.empty(self.args.lora_r, start.shape[1], dtype=start.dtype)
             nn.init.kaiming_uniform_(A, math.sqrt(5), generator=self.client.generator)
-            self._own_trained[f"A.{n}"] = A.to(self.device).requires_grad_()
-            self._own_trained[f"B.{n}"] = start.new_zeros(start.shape[0], self.args.lora_r).requires_grad_()
-        self.opt = self.get_optimizer(list(self._own_trained.values()))
+            turn.trained[f"A.{n}"] = A.to(self.device).requires_grad_()
+            turn.trained[f"B.{n}"] = start.new_zeros(start.shape[0], self.args.lora_r).requires_grad_()
+        turn.opt = self.get_optimizer(list(turn.trained.values()))
 
     def after_local(self, client) -> Message:
         if not self.args.lora_r:
             return super().after_local(client)
-        return Message(self._own_trained, n_samples=client.n_samples).clone()
+        return Message(self._own_turn.trained, n_samples=client.n_samples).clone()
 
     def local_epochs(self) -> int:
         """``--n_epochs``; if it is not given, the task's own, where the data set says so."""
@@ -436,51 +440,53 @@ class TaskArithmetic(FederatedModel):
             return self.args.lr * (step + 1) / warmup
         return self.args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
 
-    def observe(self, inputs, labels, not_aug_inputs, epoch=None):
-        loss, grads = self.loss_and_gradients(inputs, labels)
-        v, tau = self.args.virtual_bs_n, self.current_tau()
-        for n, p in tau.items():
-            p.grad = grads[n] / v if p.grad is None else p.grad.add_(grads[n], alpha=1 / v)
-        self._own_seen += 1
-        if self._own_seen % v == 0 or self._own_seen == self._own_batches:
-            loss = loss + self.add_penalty(tau)
-            for group in self.opt.param_groups:
-                group["lr"] = self.rate((self._own_seen - 1) // v, -(-self._own_batches // v))
-            self.descend_in(tau)
-        return loss
+    def local_loss(self, inputs, labels, client) -> Tensor:
+        """Cross-entropy over the classes of the current task (B,), in float32, at f_lin or at the network itself."""
+        lin, tau = self._own_lin, self.current_tau()
+        if self.args.regime == "linear":
+            f0, product = lin.tangent(inputs, tau)
+            f = f0 + product
+        else:
+            start = lin.start()
+            self.net.eval()  # as theta_0 was: batch norms keep their statistics
+            f = lin.at({n: start[n] + t for n, t in tau.items()}, inputs)
+        f = f.float() if f.dtype != torch.float64 else f
+        logits = self.head_logits(f, self.n_past_classes, self.n_seen_classes)
+        return F.cross_entropy(logits, labels - self.n_past_classes, reduction="none")
 
-    def descend_in(self, tau: dict[str, Tensor]) -> None:
-        """A step along the gradients of ``tau``; with ``--lora_r`` through its factors, dA = B^T G and dB = G A^T."""
-        pairs = {n: (self._own_trained[f"A.{n}"], self._own_trained[f"B.{n}"]) for n in tau if self.args.lora_r}
+    def descend(self, client, turn) -> Tensor | None:
+        """A step, of a batch or of ``--virtual_bs_n`` of them, along the gradient in tau and the penalty's.
+
+        With ``--lora_r`` through the factors: dA = B^T G and dB = G A^T.
+        """
+        v, tau = self.args.virtual_bs_n, turn.tau
+        turn.seen += 1
+        for n, p in tau.items():
+            G = torch.zeros_like(p) if p.grad is None else p.grad
+            turn.summed[n] = turn.summed[n].add_(G, alpha=1 / v) if n in turn.summed else G / v
+            p.grad = None
+        if turn.seen % v and turn.seen != turn.batches:
+            return None
+        step, steps = -(-turn.seen // v), -(-turn.batches // v)
+        for n, p in tau.items():
+            p.grad = turn.summed.pop(n)
+        added = self.add_penalty(turn, step)
+        for group in turn.opt.param_groups:
+            group["lr"] = self.rate(step - 1, steps)
+        pairs = {n: (turn.trained[f"A.{n}"], turn.trained[f"B.{n}"]) for n in tau if self.args.lora_r}
         for n, (A, B) in pairs.items():
             A.grad, B.grad = B.detach().T @ tau[n].grad, tau[n].grad @ A.detach().T
             tau[n].grad = None
-        self.descend(self._own_trained, self.client, self.opt, self._own_scaler)
-        self.opt.zero_grad()
-        for n, (A, B) in pairs.items():
-            tau[n].data = self._own_start[n] + B.detach() @ A.detach()
+        super().descend(client, turn)
+        turn.opt.zero_grad()
+        with torch.no_grad():
+            for n, (A, B) in pairs.items():
+                tau[n].copy_(turn.start[n] + B @ A)
+        return added
 
-    def task_loss(self, f: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy over the classes of the current task (B, d) -> scalar, in float32."""
-        logits = self.head_logits(
-            f.float() if f.dtype != torch.float64 else f, self.n_past_classes, self.n_seen_classes
-        )
-        return F.cross_entropy(logits, labels - self.n_past_classes)
-
-    def loss_and_gradients(self, inputs, labels) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a batch and its gradient in tau."""
-        lin, tau = self._own_lin, {n: p.detach() for n, p in self.current_tau().items()}
-        if self.args.regime == "linear":
-            return lin.step(inputs, tau, lambda f0, product: self.task_loss(f0 + product, labels))
-        start = lin.start()
-        theta = {n: (start[n] + t).requires_grad_() for n, t in tau.items()}
-        self.net.eval()  # as theta_0 was: batch norms keep their statistics
-        loss = self.task_loss(lin.at(theta, inputs), labels)
-        return loss.detach(), dict(zip(theta, torch.autograd.grad(loss, list(theta.values()))))
-
-    def add_penalty(self, tau: dict[str, Tensor]) -> float | Tensor:
-        """What a method adds to the loss of a step, once per step; its gradient goes to ``tau[name].grad``."""
-        return 0.0
+    def add_penalty(self, turn, step: int) -> Tensor | None:
+        """What a method adds to the loss of a turn's step, counted from 1; its gradient joins that of ``turn.tau``."""
+        return None
 
     # ---------------------------------------------------------------- in the end
 

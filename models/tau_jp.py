@@ -39,7 +39,7 @@ class TauJp(TaskArithmetic):
     def before_local(self, message, client) -> None:
         super().before_local(message, client)
         generator = make_generator(self.args.seed, "references", client.task)
-        self._own_references = [
+        self._own_turn.references = [
             self._batches(t, generator) for t in range(self.dataset.n_train_tasks) if t != client.task
         ]
 
@@ -51,19 +51,18 @@ class TauJp(TaskArithmetic):
                 loader = self.dataset.loader(some, task, len(some), False, device=self.device, split="train")
                 yield next(iter(loader))[0]
 
-    def add_penalty(self, tau):
-        if not self._own_references or not self.args.jp_weight:
-            return 0.0
-        step = self._own_seen // self.args.virtual_bs_n
-        chosen = self._own_references
+    def add_penalty(self, turn, step):
+        chosen = turn.references
+        if not chosen or not self.args.jp_weight:
+            return None
         if not self.args.jp_strict:
             chosen = [chosen[step % len(chosen)]]
-        now, total = {n: p.detach() for n, p in tau.items()}, 0.0
+        now, total = {n: p.detach() for n, p in turn.tau.items()}, 0.0
         for batches in chosen:
             value, grads = self._own_lin.step(next(batches), now, lambda _, product: length(product))
             total = total + value / len(chosen)
             for n, g in grads.items():
-                tau[n].grad.add_(g, alpha=self.args.jp_weight / len(chosen))
+                turn.tau[n].grad.add_(g, alpha=self.args.jp_weight / len(chosen))
         return self.args.jp_weight * total
 
 

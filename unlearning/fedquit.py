@@ -41,7 +41,7 @@ class FedQUIT(Unlearner):
     def distil_quiet(self, message: Message, client) -> Message:
         """Client half."""
         self.begin_turn(message, client)
-        trained, start = self._own_trained, self.n_past_classes
+        trained, start = self._own_turn.trained, self.n_past_classes
         batches = [(x, y - start) for x, y, _ in client.train_loader()]
         with torch.no_grad(), evaluating(self.net):
             teacher = [quiet(self.task_logits(x), y) for x, y in batches]

@@ -61,7 +61,7 @@ class PGA(Unlearner):
     def ascend(self, message: Message, client) -> Message:
         """Client half: away from its own data, within the ball around the reference."""
         self.begin_turn(message, client)
-        trained, a = self._own_trained, self.args
+        trained, a = self._own_turn.trained, self.args
         ref, own = ({n: t.to(self.device) for n, t in message.tensors(p).items()} for p in ("ref.", "own."))
         opt = torch.optim.SGD(list(trained.values()), lr=a.pga_lr, momentum=0.9)
         loader, done = client.train_loader(), False

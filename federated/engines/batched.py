@@ -195,26 +195,28 @@ class BatchedEngine(Engine):
         """The replies of some clients, the largest first, trained as a stack; their states change only at the end."""
         worker = self.worker
         clients = [self.client(i, task, round_, STACKED) for i in ids]
-        for client in clients:  # a stack that fails is trained again
-            client.state = copy.deepcopy(client.state)
+        for client in clients:
+            client.state = copy.deepcopy(client.state)  # a stack that fails is trained again
+            client.indices = worker.training_samples(client)
+        clients.sort(key=lambda c: -c.n_samples)
         try:
             worker.load(message)
             stack = Stack(worker, len(clients))
-            learners, replies = [], []
+            turns, replies = [], []
             for client, own in zip(clients, stack.of):
                 with stack.in_place(own), self._blaming(client):
                     worker.client = client
                     worker.start_training()
                     worker.before_local(message, client)
-                    learners.append((worker.opt, worker.scheduler, worker._own_scaler))
+                    turns.append(worker._own_turn)
             with self._blaming(*clients):
-                losses = self._train(stack, clients, learners).tolist()
-            for client, own, loss in zip(clients, stack.of, losses):
+                losses = self._train(stack, clients, turns).tolist()
+            for client, own, turn, loss in zip(clients, stack.of, turns, losses):
                 with stack.in_place(own), self._blaming(client):
-                    worker.client = client
+                    worker.client, worker._own_turn = client, turn
                     replies.append((client.id, worker.reply_of(client, loss)))
         finally:
-            worker.client = worker.opt = worker.scheduler = worker._own_trained = worker._own_scaler = None
+            worker.client = worker.opt = worker.scheduler = worker._own_turn = None
         for client in clients:
             self.states[client.id] = client.state
         return replies
@@ -225,9 +227,9 @@ class BatchedEngine(Engine):
         who = f"client {names[0]}" if len(names) == 1 else f"one of the clients {', '.join(map(str, names))}"
         return blaming(STACKED, who, clients[0].task, clients[0].round)
 
-    def _train(self, stack: Stack, clients: list[Client], learners: list) -> Tensor:
+    def _train(self, stack: Stack, clients: list[Client], turns: list) -> Tensor:
         """All epochs of all clients. Returns their mean losses (K,)."""
-        worker, args, task = self.worker, self.args, clients[0].task
+        worker, args, task, epochs = self.worker, self.args, clients[0].task, self.worker.local_epochs()
         loader = worker.dataset.loader_of_many(
             [(c.indices, c.generator) for c in clients], task, args.batch_size, worker.device
         )
@@ -237,9 +239,9 @@ class BatchedEngine(Engine):
         # the last moment at which so many train together: by then they have gone different ways
         least, proof = max(self._worth(), 2), None
         if len(clients) >= least and self._proven != task:
-            proof = args.n_epochs - 1, n_batches[least - 1] - 1
+            proof = epochs - 1, n_batches[least - 1] - 1
         total = torch.zeros(len(clients), device=worker.device)
-        for epoch in range(args.n_epochs):
+        for epoch in range(epochs):
             for j, (sizes, inputs, labels) in enumerate(loader):
                 if j == n_batches[0]:
                     break
@@ -247,21 +249,22 @@ class BatchedEngine(Engine):
                 gradients = self._folded if self._folds else self._vmapped
                 if len(active) < self._worth():
                     gradients = self._each
-                losses, grads = gradients(stack, active, sizes, inputs, labels, [s for _, _, s in learners])
+                losses, grads = gradients(stack, active, sizes, inputs, labels, [t.scaler for t in turns])
                 # autograd's may be transposed; a fused optimiser wants them as the tensors are
                 grads = {n: None if g is None else g.contiguous() for n, g in grads.items()}
                 if (epoch, j) == proof:
-                    self._compare(stack, active, sizes, inputs, labels, grads, learners[0][2])
+                    self._compare(stack, active, sizes, inputs, labels, grads, turns[0].scaler)
                 total[: len(active)] += losses
                 for k, client in enumerate(active):
                     for n, p in stack.of[k].items():
                         p.grad = grads[n][k] if grads[n] is not None else None
-                    opt, _, scaler = learners[k]
-                    worker.descend(stack.of[k], client, opt, scaler)
-            for _, scheduler, _ in learners:
-                if scheduler is not None:
-                    scheduler.step()
-        return total / send(torch.tensor([float(max(n * args.n_epochs, 1)) for n in n_batches]), worker.device)
+                    added = worker.descend(client, turns[k])
+                    if added is not None:
+                        total[k] += added
+            for turn in turns:
+                if turn.scheduler is not None:
+                    turn.scheduler.step()
+        return total / send(torch.tensor([float(max(n * epochs, 1)) for n in n_batches]), worker.device)
 
     def _folded(self, stack, clients, sizes, inputs, labels, scalers) -> tuple[Tensor, dict[str, Tensor | None]]:
         """Losses (K,) and their (scaled) gradients by the slices, from one batch of all clients' samples."""

@@ -19,6 +19,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -169,7 +170,8 @@ class FederatedModel(ContinualModel):
     # ---------------------------------------------------------------- client
 
     def local_update(self, message: Message, client) -> Message:
-        """Load the broadcast, train ``n_epochs`` epochs with a fresh optimiser, reply."""
+        """Load the broadcast, train :meth:`local_epochs` epochs with a fresh optimiser, reply."""
+        client.indices = self.training_samples(client)
         self.begin_turn(message, client)
         loader = client.train_loader()
         total, steps = 0.0, 0
@@ -190,16 +192,27 @@ class FederatedModel(ContinualModel):
         self.start_training()
         self.before_local(message, client)
 
+    def training_samples(self, client) -> torch.Tensor:
+        """Indices of the client's samples that it trains on; a method may hold some out."""
+        return client.indices
+
     def local_epochs(self) -> int:
         """How often a client goes through its data in a round."""
         return self.args.n_epochs
 
     def start_training(self) -> None:
-        """A fresh optimiser, schedule and loss scaling for one client's turn; the network in training mode."""
-        self._own_trained = self.trainable()  # _own: no state of the method, never saved
+        """A fresh optimiser, schedule and loss scaling for one client's turn; the network in training mode.
+
+        They make up the turn, with ``trained`` {name: what the optimiser moves}. A method that keeps anything else from
+        step to step keeps it there: an engine that trains many clients at once has a turn of each.
+        """
         self.opt = self.get_optimizer()
         self.scheduler = self.get_scheduler(self.opt)
-        self._own_scaler = torch.amp.GradScaler(self.device.type, enabled=self.args.precision == "fp16")
+        scaler = torch.amp.GradScaler(self.device.type, enabled=self.args.precision == "fp16")
+        # _own: no state of the method, never saved
+        self._own_turn = SimpleNamespace(
+            trained=self.trainable(), opt=self.opt, scheduler=self.scheduler, scaler=scaler
+        )
         learns = any(p.requires_grad for p in self.net.parameters())  # a frozen network keeps its statistics
         if self.net.training != learns:
             self.net.train(learns)
@@ -224,18 +237,23 @@ class FederatedModel(ContinualModel):
 
     def observe(self, inputs, labels, not_aug_inputs, epoch=None) -> torch.Tensor:
         """One step: zero_grad, ``local_loss``, backward, step. Returns the loss, detached and not yet on the host."""
-        self.opt.zero_grad()
-        client, trained = self.client, self._own_trained
+        client, turn = self.client, self._own_turn
+        turn.opt.zero_grad()
         loss = self.local_loss(inputs, labels, client).mean()
-        penalty = self.local_penalty(trained, client)
+        penalty = self.local_penalty(turn.trained, client)
         if penalty is not None:
             loss = loss + penalty
-        self._own_scaler.scale(loss).backward()
-        self.descend(trained, client, self.opt, self._own_scaler)
-        return loss.detach()
+        turn.scaler.scale(loss).backward()
+        added = self.descend(client, turn)
+        return loss.detach() if added is None else loss.detach() + added
 
-    def descend(self, trained: dict[str, torch.Tensor], client, opt, scaler) -> None:
-        """Clip the gradients of one client's tensors and let its optimiser take a step; ``on_step`` if overridden."""
+    def descend(self, client, turn: SimpleNamespace) -> torch.Tensor | None:
+        """Clip the gradients of one client's tensors and let its optimiser take a step; ``on_step`` if overridden.
+
+        Returns:
+            What a method that adds to the gradients here adds to the loss, if it does.
+        """
+        trained, opt, scaler = turn.trained, turn.opt, turn.scaler
         if self.args.clip_grad is not None or self._watches_steps:
             scaler.unscale_(opt)
         if self.args.clip_grad is not None:
@@ -246,6 +264,7 @@ class FederatedModel(ContinualModel):
         scaler.update()
         if self._watches_steps:
             self.on_step(client, before, trained)
+        return None
 
     def local_loss(self, inputs, labels, client) -> torch.Tensor:
         """The loss of each sample of a batch, (B,): a function of the sample, the network and the client's state.
@@ -324,7 +343,7 @@ class FederatedModel(ContinualModel):
     def why_one_by_one(self) -> str | None:
         """Why an engine must train the clients of this method one at a time; None if it may train many at once."""
         cls = type(self)
-        if any(getattr(cls, n) is not getattr(FederatedModel, n) for n in ("local_update", "observe", "descend")):
+        if any(getattr(cls, n) is not getattr(FederatedModel, n) for n in ("local_update", "observe")):
             return "it has a training step of its own"
         if not self.PER_SAMPLE_LOSS:
             return "its loss does not split by sample"

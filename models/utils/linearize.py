@@ -101,6 +101,19 @@ class Linearized:
         f0, (product,) = self.expansion(x, [tau])
         return f0 + product
 
+    def tangent(self, x: Tensor, tau: Tensors) -> tuple[Tensor, Tensor]:
+        """f(x, theta_0) and J(x) tau (B, C), of which the second has its gradient in tau.
+
+        By f(x, theta_0 + tau - stop(tau)), which is f(x, theta_0) and whose gradient in tau is that of J(x) tau; the
+        product itself has no graph. torch.func may map and differentiate this.
+        """
+        still = {n: t.detach() for n, t in tau.items()}
+        _, (product,) = self.expansion(x, [still])
+        start = self.start()
+        with evaluating(self.net):
+            f = self.at({n: start[n] + (t - still[n]) for n, t in tau.items()}, x)
+        return f.detach(), product + (f - f.detach())
+
     def step(
         self, x: Tensor, tau: Tensors, loss: Callable[[Tensor, Tensor], Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -112,12 +125,8 @@ class Linearized:
         Returns:
             (loss, {name: gradient like tau}).
         """
-        _, (product,) = self.expansion(x, [tau])
-        leaves = {n: p.requires_grad_() for n, p in self.start().items() if n in tau}
-        with evaluating(self.net), torch.enable_grad():
-            f0 = self.at(leaves, x)
-            product = product.requires_grad_()
-            value = loss(f0.detach(), product)
-            (cotangent,) = torch.autograd.grad(value, product)
-            grads = torch.autograd.grad(f0, list(leaves.values()), cotangent, allow_unused=True)
-        return value.detach(), {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(leaves.items(), grads)}
+        leaves = {n: t.detach().requires_grad_() for n, t in tau.items()}
+        with torch.enable_grad():
+            value = loss(*self.tangent(x, leaves))
+        grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+        return value.detach(), {n: torch.zeros_like(t) if g is None else g for (n, t), g in zip(leaves.items(), grads)}

@@ -8,7 +8,8 @@ most 1e-3, or 0.1 in half precision, where the order of additions shows).
 
     cpu      vit-pocket with LoRA, head rows and DOLFIN, for each of ``--threads``
     cuda     ViT-B/16 at 224 pixels with LoRA of rank 16 on qkv, 10 clients with batches of 16, in bf16 and in fp32, and
-             all weights of vit-pocket, which are mapped (vmap) where adapters are folded into one batch
+             all weights of vit-pocket, and task vectors in its tangent (SATA, TAK), which are mapped (vmap) where
+             adapters are folded into one batch
 
 Images are random bytes put where the data set looks for its arrays, and weights are random: nothing is downloaded. Time
 is that of ``server.round``: messages, batches (with CIFAR's enlargement and augmentation), training, mean. Minimum and
@@ -19,7 +20,8 @@ building, evaluation, statistics before the rounds, files, transfers between mac
 
 Model-FLOPs utilisation (GPU only): FLOPs of the frozen network's forward pass as ``torch.utils.flop_counter`` counts
 them (a multiply-add is two), times the passes that training needs - 2 with LoRA on frozen weights: one forward, one
-backward through the activations; 1 for head rows; 3 for all weights - times images per second, over the GPU's dense
+backward through the activations; 1 for head rows; 3 for all weights; 5 in the tangent, whose product with tau takes 2
+more - times images per second, over the GPU's dense
 peak for the precision (``--peak_tflops`` for a GPU that PEAKS does not know). Adapters and augmentation count as no
 FLOPs.
 
@@ -43,6 +45,7 @@ CASES = {  # name: (kind of device that has it by default, flags, passes that tr
     "vit-pocket head": ("cpu", f"{POCKET} --model fedavg --tuning head", 1),
     "vit-pocket dolfin": ("cpu", f"{POCKET} --model dolfin", 2),
     "vit-pocket whole": ("cuda", f"{POCKET} --model fedavg", 3),
+    "vit-pocket tangent": ("cuda", f"{POCKET} --model task_arithmetic --regime linear --alpha_share 0", 5),
     "vit lora bf16": ("cuda", f"{VIT} --precision bf16", 2),
     "vit lora fp32": ("cuda", f"{VIT} --precision fp32", 2),
 }
@@ -196,7 +199,7 @@ def show(row: dict) -> None:
     memory = f", {row['peak_memory_mb']:.0f} MB" if row["peak_memory_mb"] is not None else ""
     mfu = f", {100 * row['mfu']:.1f} % of peak" if row["mfu"] is not None else ""
     print(
-        f"{row['case']:17s} {row['threads']} threads  {row['side']:12s} {row['client_round_min_ms']:9.2f} ms per "
+        f"{row['case']:18s} {row['threads']} threads  {row['side']:12s} {row['client_round_min_ms']:9.2f} ms per "
         f"client-round (median {row['client_round_median_ms']:.2f}), {row['images_per_s']:8.1f} images/s, "
         f"x {row['speedup_min']:.2f} (median {row['speedup_median']:.2f}){memory}{mfu}",
         flush=True,

@@ -138,12 +138,33 @@ def test_every_method_gives_the_same_global_state(tmp_path, model, partition):
         (LORA, PARTITIONS[1]),
         (HEAD, PARTITIONS[0]),
         (f"{FULL} --pretrained 1", PARTITIONS[1]),
+        (f"--model task_arithmetic {PLAIN} {SHORT} --stop_after 1 --clients_per_batch 3", PARTITIONS[0]),
     ],
-    ids=["dolfin", "dolfin-quantity", "ffa_lora", "lora-quantity", "head", "full-quantity"],
+    ids=["dolfin", "dolfin-quantity", "ffa_lora", "lora-quantity", "head", "full-quantity", "tangent"],
 )
 def test_the_pocket_transformer_gives_the_same_global_state(rig, both, flags, partition):
     base = rig.POCKET.replace("--pretrained 0", "--pretrained 1")
     assert far(*map(state, both(f"{flags} {partition}", base))) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "task_arithmetic --virtual_bs_n 2 --warmup 2",
+        "task_arithmetic --regime full --clip_grad 0.2",
+        "task_arithmetic --lora_r 2",
+        "tak --kfac_examples 4 --virtual_bs_n 2",
+        "sata --iso_schedule on_request",
+        "com --regime full",
+    ],
+)
+def test_task_vectors(both, flags):
+    """Every client has a rate, sums of gradients and a penalty of its own; samples held out stay out. In float64."""
+    flags = f"--model {flags} {SHORT} --debug_mode 0 --distribution_alpha 0.3 --clients_per_batch 4 --lr 0.001"
+    serial, stacked = both(f"{flags} --optimizer adamw --optim_wd 0.1", double=True)
+    assert far(state(serial), state(stacked)) <= 1e-9
+    losses = [[row["loss"] for row in r.record.rounds] for r in (serial, stacked)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6) and losses[0][0] > 0  # added up in float32
 
 
 @pytest.mark.parametrize("tuning", ["head", "full"])
@@ -168,14 +189,22 @@ def test_every_client_has_an_optimiser_of_its_own(both, tuning, optimiser):
     assert far(state(serial), state(stacked)) <= 1e-9
 
 
-@pytest.mark.parametrize("flags", [LORA, f"--model fedavg --tuning full {SHORT} --clients_per_batch 3"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        LORA,
+        f"--model fedavg --tuning full {SHORT} --clients_per_batch 3",
+        f"--model task_arithmetic {SHORT} --clients_per_batch 3",
+    ],
+)
 def test_gradients_lie_as_their_tensors_do(rig, monkeypatch, flags):
     """Fused optimisers, which a GPU uses, refuse others."""
     lie, descend = set(), FedAvg.descend
 
-    def watched(self, trained, *rest):
-        lie.update((p.stride() == p.grad.stride(), p.is_contiguous()) for p in trained.values() if p.grad is not None)
-        descend(self, trained, *rest)
+    def watched(self, client, turn):
+        mine = [p for p in turn.trained.values() if p.grad is not None]
+        lie.update((p.stride() == p.grad.stride(), p.is_contiguous()) for p in mine)
+        return descend(self, client, turn)
 
     monkeypatch.setattr(FederatedModel, "descend", watched)
     rig(with_engine(flags, "batched"), rig.POCKET).run()

@@ -65,6 +65,19 @@ def f_at(worker, theta, x):
     return F.normalize(net(x, returnt="features"), dim=1)
 
 
+def loss_and_gradients(worker, x, y):
+    """A batch's loss and its gradient in tau."""
+    loss, tau = worker.local_loss(x, y, worker.client).mean(), worker.current_tau()
+    return loss.detach(), dict(zip(tau, torch.autograd.grad(loss, list(tau.values()), materialize_grads=True)))
+
+
+def watch_steps(worker) -> list[dict[str, torch.Tensor]]:
+    """The gradients that the optimiser's steps from here on are to take; no step is taken."""
+    seen, turn = [], worker._own_turn
+    turn.opt.step = lambda: seen.append({n: p.grad.clone() for n, p in turn.tau.items()})
+    return seen
+
+
 @pytest.mark.parametrize("regime", ["linear", "full", "attention"])
 def test_a_step_is_the_gradient_of_the_objective(make, regime):
     worker, x, y, plain = begun(make(f"--model task_arithmetic --regime {regime}"))
@@ -80,7 +93,7 @@ def test_a_step_is_the_gradient_of_the_objective(make, regime):
         f = f_at(worker, {n: start[n] + t for n, t in tau.items()}, x)
     want = F.cross_entropy(logits(worker, f), y)
     want.backward()
-    loss, grads = worker.loss_and_gradients(x, y)
+    loss, grads = loss_and_gradients(worker, x, y)
     torch.testing.assert_close(loss, want.detach(), rtol=1e-4, atol=1e-5)
     assert set(grads) == set(tau) and all("attn" in n for n in tau) == (regime == "attention")
     for n, t in tau.items():
@@ -93,8 +106,8 @@ def test_factors_step_along_the_gradient_of_the_objective(make, regime):
     flags = f"--model tak --reg_lambda 3 --kfac_examples 5 --regime {regime} --lora_r 2"
     worker, x, y, plain = begun(make(flags))
     g = torch.Generator().manual_seed(1)
-    factors, start = worker._own_trained, {n: p.detach().clone() for n, p in worker.current_tau().items()}
-    worker._own_start, worker.opt = start, torch.optim.SGD(factors.values(), lr=1.0)
+    turn, start = worker._own_turn, {n: p.detach().clone() for n, p in worker.current_tau().items()}
+    factors, turn.start, turn.opt = turn.trained, start, torch.optim.SGD(turn.trained.values(), lr=1.0)
     assert all(n.endswith("weight") and t.dim() == 2 for n, t in start.items())
     for n, f in factors.items():
         assert n.startswith("A.") or not f.any()  # B = 0: a turn starts where the server stands
@@ -104,7 +117,7 @@ def test_factors_step_along_the_gradient_of_the_objective(make, regime):
     leaves = {n: f.detach().clone().requires_grad_() for n, f in factors.items()}
     tau = {n: start[n] + leaves[f"B.{n}"] @ leaves[f"A.{n}"] for n in start}
     at, lin = {n: t.detach() for n, t in tau.items()}, worker._own_lin
-    _, slope = worker.loss_and_gradients(x, y)  # against autograd above
+    _, slope = loss_and_gradients(worker, x, y)  # against autograd above
     _, pull = worker._own_penalty[1](at)
     sum((tau[n] * (slope[n] + 3 * pull[n])).sum() for n in tau).backward()
     worker.observe(x, y, plain)
@@ -138,11 +151,10 @@ def test_products_are_averaged_and_factors_sent(make, wire):
 def test_penalty_joins_the_gradient_once_per_step(make):
     worker, x, y, plain = begun(make("--model tak --reg_lambda 3 --kfac_examples 5 --virtual_bs_n 2"))
     tau = {n: p.detach() for n, p in worker.current_tau().items()}
-    loss, grads = worker.loss_and_gradients(x, y)
+    loss, grads = loss_and_gradients(worker, x, y)
     value, pulls = worker._own_penalty[1](tau)
     assert value > 0
-    steps = []
-    worker.descend = lambda trained, *rest: steps.append({n: p.grad.clone() for n, p in worker.current_tau().items()})
+    steps = watch_steps(worker)
     worker.observe(x, y, plain)
     assert not steps  # the first of two batches
     worker.observe(x, y, plain)
@@ -374,12 +386,12 @@ def test_single_task_has_no_penalty(make):
 def test_tau_jp_adds_the_mean_length(make):
     r = make("--model tau_jp --jp_weight 2 --jp_strict 1 --jp_batch 4")
     worker, x, y, plain = begun(r)
-    _, grads = worker.loss_and_gradients(x, y)
+    _, grads = loss_and_gradients(worker, x, y)
     shown, tau = [], {n: p.detach().clone() for n, p in worker.current_tau().items()}
-    worker._own_references = [iter([shown[-1]]) for b in worker._own_references if shown.append(next(b)) is None]
+    turn = worker._own_turn
+    turn.references = [iter([shown[-1]]) for b in turn.references if shown.append(next(b)) is None]
     assert len(shown) == 4 and all(len(s) == 4 for s in shown)
-    steps = []
-    worker.descend = lambda *rest: steps.append({n: p.grad.clone() for n, p in worker.current_tau().items()})
+    steps = watch_steps(worker)
     worker.observe(x, y, plain)
     h, name = 1e-2, "blocks.0.mlp.fc1.weight"
     direction = torch.randn_like(tau[name])
