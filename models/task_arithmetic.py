@@ -396,10 +396,7 @@ class TaskArithmetic(FederatedModel):
 
     def before_local(self, message, client) -> None:
         self.rows = message["rows"].to(self.device)
-        batches = -(-client.n_samples // self.args.batch_size)
-        if self.args.debug_mode:
-            batches = min(batches, self.get_debug_iters())
-        self._own_turn.batches = self.local_epochs() * batches
+        self._own_turn.batches = self.local_epochs() * self.batches_of(client)
 
     def start_training(self) -> None:
         """With ``--lora_r`` a turn trains tau = start + B A with new factors, B = 0: on top of what all have learnt.
@@ -418,7 +415,7 @@ class TaskArithmetic(FederatedModel):
             nn.init.kaiming_uniform_(A, math.sqrt(5), generator=self.client.generator)
             turn.trained[f"A.{n}"] = A.to(self.device).requires_grad_()
             turn.trained[f"B.{n}"] = start.new_zeros(start.shape[0], self.args.lora_r).requires_grad_()
-        turn.opt = self.get_optimizer(list(turn.trained.values()))
+        turn.opt = self.opt = self.get_optimizer(list(turn.trained.values()))
 
     def after_local(self, client) -> Message:
         if not self.args.lora_r:
@@ -478,7 +475,6 @@ class TaskArithmetic(FederatedModel):
             A.grad, B.grad = B.detach().T @ tau[n].grad, tau[n].grad @ A.detach().T
             tau[n].grad = None
         super().descend(client, turn)
-        turn.opt.zero_grad()
         with torch.no_grad():
             for n, (A, B) in pairs.items():
                 tau[n].copy_(turn.start[n] + B @ A)

@@ -233,9 +233,7 @@ class BatchedEngine(Engine):
         loader = worker.dataset.loader_of_many(
             [(c.indices, c.generator) for c in clients], task, args.batch_size, worker.device
         )
-        n_batches = [-(-c.n_samples // args.batch_size) for c in clients]
-        if args.debug_mode:
-            n_batches = [min(n, worker.get_debug_iters()) for n in n_batches]
+        n_batches = [worker.batches_of(c) for c in clients]
         # the last moment at which so many train together: by then they have gone different ways
         least, proof = max(self._worth(), 2), None
         if len(clients) >= least and self._proven != task:
@@ -330,9 +328,8 @@ class BatchedEngine(Engine):
             loss = self.worker.local_loss(inputs, labels, client).mean()
             penalty = self.worker.local_penalty(own, client)
         loss = loss if penalty is None else loss + penalty
-        grads = torch.autograd.grad(scaler.scale(loss), list(own.values()), allow_unused=True)
-        zeroed = [torch.zeros_like(p) if g is None else g for p, g in zip(own.values(), grads)]
-        return loss.detach(), dict(zip(own, zeroed))
+        grads = torch.autograd.grad(scaler.scale(loss), list(own.values()), materialize_grads=True)
+        return loss.detach(), dict(zip(own, grads))
 
     def _means(self, sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
         """(K, batch): row k takes the mean over the samples of client k."""

@@ -200,6 +200,11 @@ class FederatedModel(ContinualModel):
         """How often a client goes through its data in a round."""
         return self.args.n_epochs
 
+    def batches_of(self, client) -> int:
+        """How many batches an epoch of the client has."""
+        n = -(-client.n_samples // self.args.batch_size)
+        return min(n, self.get_debug_iters()) if self.args.debug_mode else n
+
     def start_training(self) -> None:
         """A fresh optimiser, schedule and loss scaling for one client's turn; the network in training mode.
 

@@ -128,5 +128,5 @@ class Linearized:
         leaves = {n: t.detach().requires_grad_() for n, t in tau.items()}
         with torch.enable_grad():
             value = loss(*self.tangent(x, leaves))
-        grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
-        return value.detach(), {n: torch.zeros_like(t) if g is None else g for (n, t), g in zip(leaves.items(), grads)}
+        grads = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
+        return value.detach(), dict(zip(leaves, grads))

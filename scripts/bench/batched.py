@@ -21,9 +21,8 @@ building, evaluation, statistics before the rounds, files, transfers between mac
 Model-FLOPs utilisation (GPU only): FLOPs of the frozen network's forward pass as ``torch.utils.flop_counter`` counts
 them (a multiply-add is two), times the passes that training needs - 2 with LoRA on frozen weights: one forward, one
 backward through the activations; 1 for head rows; 3 for all weights; 5 in the tangent, whose product with tau takes 2
-more - times images per second, over the GPU's dense
-peak for the precision (``--peak_tflops`` for a GPU that PEAKS does not know). Adapters and augmentation count as no
-FLOPs.
+more - times images per second, over the GPU's dense peak for the precision (``--peak_tflops`` for a GPU that PEAKS does
+not know). Adapters and augmentation count as no FLOPs.
 
     python scripts/bench/batched.py --out batched.csv
     python scripts/bench/batched.py --device cuda --out batched_gpu.csv
