@@ -15,9 +15,10 @@ from utils.errors import UserError
 
 FAST = "--model lorm --fl --num_clients 3 --num_comm_rounds 3 --n_epochs 1 --batch_size 16 --debug_mode 1 --lora_r 2"
 SMALL = "--optimizer adam --lr 0.002"
-SHAPES = {"attn.qkv": (384, 128), "attn.proj": (128, 128), "mlp.fc1": (512, 128), "mlp.fc2": (128, 512)}
-LAYERS = {f"blocks.{i}.{n}": s for i in range(4) for n, s in SHAPES.items()}
-BASE = "--dataset seq-digits --backbone vit-pocket --pretrained 1 --device cpu"
+SHAPES = {"attn.qkv": (96, 32), "attn.proj": (32, 32), "mlp.fc1": (128, 32), "mlp.fc2": (32, 128)}
+LAYERS = {f"blocks.{i}.{n}": s for i in range(3) for n, s in SHAPES.items()}
+BASE = "--dataset seq-digits --backbone vit-pocket --pretrained 0 --device cpu"
+pytestmark = pytest.mark.usefixtures("nano")
 
 
 def local_calls(wire, task, round_):
@@ -159,7 +160,7 @@ def test_what_is_trained(rig, wire):
                 assert torch.equal(r.worker.net.get_submodule(layer).weight, W0[layer])
                 assert torch.equal(r.model._own_pretrained[layer], W0[layer])
         r.end(task)
-    assert r.model.factors()["blocks.0.attn.qkv"][0].shape == (2, 128)
+    assert r.model.factors()["blocks.0.attn.qkv"][0].shape == (2, 32)
 
 
 @pytest.mark.parametrize("matrix", ["A", "B"])
@@ -197,7 +198,7 @@ def floats(ledger_bytes, message_or_reply):
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
 def test_only_the_table_of_the_wire(rig, wire, alpha):
     """Up: the trained factor, the head, its Gram and the body's (r x r, or its diagonal). Down: what has changed."""
-    r_, C, d = 2, 2, 128
+    r_, C, d = 2, 2, 32
     size = {"A": sum(r_ * i for _, i in LAYERS.values()), "B": sum(o * r_ for o, _ in LAYERS.values())}
     head, of_head = C * (d + 1), d * (d + 1) // 2
     body = {
@@ -254,13 +255,13 @@ class Shapes(TorchDispatchMode):
 
 @pytest.mark.parametrize("alpha, dense", [(0.0, False), (0.5, True)])
 def test_no_square_matrix_with_diagonal_grams(rig, alpha, dense):
-    """512 x 512 is the Gram of fc2's inputs; nothing else has that shape."""
+    """128 x 128 is the Gram of fc2's inputs; nothing else has that shape."""
     r = rig(f"{FAST} {SMALL} --num_comm_rounds 2 --alpha_regmean_backbone {alpha}", BASE)
     with Shapes() as shapes:
         for task in range(2):
             r.begin(task).round(task, 0).round(task, 1).end(task)
-    assert ((512, 512) in shapes.seen) == dense
-    assert (128, 512) in shapes.seen
+    assert ((128, 128) in shapes.seen) == dense
+    assert (32, 128) in shapes.seen
 
 
 # ---- over tasks

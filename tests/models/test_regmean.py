@@ -104,6 +104,7 @@ def test_passes_over_the_data_add_up(rig, wire):
     torch.testing.assert_close(sent[1], 2 * sent[0], rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.usefixtures("nano")
 @pytest.mark.parametrize("base", ["vit", "mlp"])
 @pytest.mark.parametrize("fl", [True, False])
 def test_tasks_merged_after_the_fact(rig, base, fl):
@@ -111,7 +112,7 @@ def test_tasks_merged_after_the_fact(rig, base, fl):
     flags = (
         f"{FAST} --regmean_tasks individual" if fl else "--model regmean --n_epochs 1 --batch_size 16 --debug_mode 1"
     )
-    r = rig(f"{flags} {SMALL} --alpha_regmean_backbone 0.5", VIT if base == "vit" else rig.MLP)
+    r = rig(f"{flags} {SMALL} --alpha_regmean_backbone 0.5", rig.POCKET if base == "vit" else rig.MLP)
     start = {n: p.detach().clone() for n, p in r.model.net.body_parameters().items()}
     experts, grams, tested = [], [], []
     for task in range(3):

@@ -60,11 +60,11 @@ def test_an_additive_rule_is_found():
     assert np.abs(table - expected).max() < 0.01
 
 
-def test_the_best_weights_pick_the_useful_client(rig):
+def test_the_best_weights_pick_the_useful_client(rig, nano):
     """One client's update helps, another's harms: no mixture of the two that is the same in all layers does better,
     by materialised weights, and the server is left as it was."""
     flags = "--model livar --fl --num_clients 2 --num_comm_rounds 1 --n_epochs 2 --lora_r 2 --joint 1 --lr 0.005"
-    r = rig(f"{flags} --optimizer adam", "--dataset seq-digits --backbone vit-pocket --device cpu").begin(0)
+    r = rig(f"{flags} --optimizer adam", rig.POCKET).begin(0)
     reply = r.clients(0, 0).call("local_update", r.model.broadcast())[0]
     noise = {n: t + 0.1 * torch.randn_like(t) if n.startswith("lora") else t for n, t in reply.tensors().items()}
     r.model.aggregate([reply, Message({**reply, **noise})])
@@ -73,7 +73,7 @@ def test_the_best_weights_pick_the_useful_client(rig):
     images, labels = next(iter(r.dataset.loader(indices, 0, 48, train=False, split="train")))
     factors = [{n: (x[f["A"]], x[f["B"]]) for n, f in r.model._own_names.items()} for x in (reply, noise)]
     y = best_weights(r.model, factors, images, labels, steps=40)
-    torch.testing.assert_close(y.sum(0), torch.ones(16))
+    torch.testing.assert_close(y.sum(0), torch.ones(12))
     assert all(torch.equal(t, before[n]) for n, t in r.weights.items())
 
     @torch.no_grad()
@@ -83,21 +83,21 @@ def test_the_best_weights_pick_the_useful_client(rig):
         r.model.net.eval()
         return float(torch.nn.functional.cross_entropy(r.model.net(images)[:, :10], labels))
 
-    others = [loss(torch.tensor([[1 - a], [a]]).expand(2, 16)) for a in (0.0, 0.1, 0.3, 0.5, 1.0)]
+    others = [loss(torch.tensor([[1 - a], [a]]).expand(2, 12)) for a in (0.0, 0.1, 0.3, 0.5, 1.0)]
     assert loss(y) < min(others) < others[3]
 
 
 @pytest.mark.slow
-def test_from_a_proxy_to_a_run(tmp_path, capsys):
+def test_from_a_proxy_to_a_run(tmp_path, capsys, nano):
     import main
     from tests.helpers import only_folder, rows
 
-    small = "--num_clients 3 --num_comm_rounds 1 --n_epochs 1 --debug_mode 1 --lora_r 2 --device cpu"
+    small = "--num_clients 3 --num_comm_rounds 1 --n_epochs 1 --debug_mode 1 --lora_r 2 --pretrained 0 --device cpu"
     file = tmp_path / "rule.json"
     argv = f"--out {file} --server_images 40 --dataset seq-digits {small}".split()
     assert livar_fit_rule.main(argv) == 0
     rule = json.loads(file.read_text())
-    assert np.array(rule["table"]).shape == (3, 3) and rule["points"] == 3 * 16
+    assert np.array(rule["table"]).shape == (3, 3) and rule["points"] == 3 * 12
     flags = f"--model livar --livar_rule fitted:{file} --joint 1 --fl --dataset seq-digits {small}".split()
     assert main.main([*flags, f"--results_path={tmp_path}"]) == 0
     assert rows(only_folder(tmp_path) / "summary.csv")[0]["status"] == "finished"
