@@ -11,7 +11,7 @@ class Client:
     """One client during one call.
 
     Attributes:
-        id: number of the client. task, round: where the call stands (round is -1 outside the rounds).
+        id: number of the client. task, round, call: what it is asked for (round is -1 outside the rounds).
         indices: (n,) positions of its samples of the current task in the data set's arrays.
         state: private plain data, tensors and buffers; kept by the simulator from call to call and never sent.
         generator: CPU generator seeded by (seed, task, round, client, what is called).
@@ -21,9 +21,13 @@ class Client:
     def __init__(
         self, client_id: int, dataset, indices: torch.Tensor, state: dict, args, task: int, round_: int, call: str
     ) -> None:
-        keys = (args.seed, "client", task, round_, client_id, call)
-        self.id, self.task, self.round, self.indices, self.state = client_id, task, round_, indices, state
-        self.dataset, self.args = dataset, args
+        self.id, self.task, self.round, self.call = client_id, task, round_, call
+        self.indices, self.state, self.dataset, self.args = indices, state, dataset, args
+        self.draw_as(call)
+
+    def draw_as(self, call: str) -> None:
+        """Start the draws of a call of this round, which may be another than the client is asked for."""
+        keys = (self.args.seed, "client", self.task, self.round, self.id, call)
         self.seed, self.generator = derive_seed(*keys), make_generator(*keys)
 
     @property

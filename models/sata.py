@@ -78,6 +78,7 @@ class Sata(TaskArithmetic):
     FEDERATED_ONLY = True
     UNLEARNS = True
     UNLEARNING_FLAGS = ("sata_lambda", "sata_renorm", "sata_head")
+    UPDATES = ("local_update", "isolated_update")
 
     @staticmethod
     def get_parser(parser):
@@ -114,25 +115,44 @@ class Sata(TaskArithmetic):
         # task -> client -> what is to be taken out, where the server keeps it: iota, or sum_t p_u D_u,t
         self.stored: dict[int, dict[int, dict[str, Tensor]]] = {}
         self.sizes: dict[int, dict[int, int]] = {}  # task -> client -> n_k of those that took part
+        self.isolating: dict[int, list[int]] = {}  # task -> clients that have trained an iota
 
     def fresh_state(self) -> dict:
         return {"iso": {}}
 
     # ---------------------------------------------------------------- server: learning
 
+    def round(self, clients, r: int) -> None:
+        """A round of tau; then those who took part take theirs of iota, if it is time for it."""
+        self._own_took_part: list[int] = []
+        super().round(clients, r)
+        known = self.isolating.get(self.current_task, [])
+        ids = set(self._own_took_part) - set(known if self.args.iso_schedule == "once" else ())
+        if not ids or self.args.iso_schedule == "on_request" or self.args.sata_source == "fed_history":
+            return
+        for reply in clients.only(ids).call("isolated_update", self.isolated_message()):
+            if isolated := reply.tensors("iso."):
+                vectors = self.stored.setdefault(self.current_task, {})
+                vectors[reply.client] = {n: v.to(self.device) for n, v in isolated.items()}
+            known = sorted({*known, reply.client})
+        self.isolating[self.current_task] = known
+
+    def isolated_message(self) -> Message:
+        """What a client needs to train iota."""
+        return Message({"rows": self.rows}, keep={"rows": self.current_task}, isolated=True)
+
     @torch.no_grad()
     def merged(self, current, replies, weights):
+        self._own_took_part = [r.client for r in replies]
         if self.args.sata_aggregate == "sum":
             weights = [1.0] * len(weights)
         steps = [{n: w * (r[n].to(p) - p.detach()) for n, p in current.items()} for r, w in zip(replies, weights)]
         for r, step in zip(replies, steps):
             self.sizes.setdefault(self.current_task, {})[r.client] = int(r["n_samples"])
-            vectors = self.stored.setdefault(self.current_task, {})
             if self.args.sata_source == "fed_history":
+                vectors = self.stored.setdefault(self.current_task, {})
                 taus = {n.removeprefix("tau."): d for n, d in step.items()}
                 vectors[r.client] = combined([vectors.get(r.client, self._own_lin.zeros()), taus], [1.0, 1.0])
-            elif isolated := r.tensors("iso."):
-                vectors[r.client] = {n: v.to(self.device) for n, v in isolated.items()}
         if self.args.sata_aggregate == "sum":
             return {n: p.detach() + sum(step[n] for step in steps) for n, p in current.items()}
         return super().merged(current, replies, weights)
@@ -171,16 +191,27 @@ class Sata(TaskArithmetic):
             {t: {k: v for k, v in kept.items() if k not in who} for t, kept in known.items()}
             for known in (self.stored, self.sizes)
         )
+        self.isolating = {t: [k for k in ids if k not in who] for t, ids in self.isolating.items()}
 
     def isolated(self, of_task, leaving: Sequence[int], task: int) -> list[Vector]:
         """iota_u of the leaving clients for a task, or what stands for it.
 
         Raises:
-            RunError: a client does not answer that alone has its vector.
+            RunError: a client has trained none, or does not answer and alone has it.
         """
-        if self.args.sata_source == "fed_history" or self.args.iso_custody == "server":
-            return [self.stored.get(task, {}).get(u, self._own_lin.zeros()) for u in leaving]
-        replies = of_task.only(leaving).call("isolated_vector", Message({"rows": self.rows})) if leaving else []
+        if self.args.sata_source == "fed_history":
+            return [self.stored[task][u] for u in leaving]
+        now = self.args.iso_schedule == "on_request"
+        none = [] if now else [str(u) for u in leaving if u not in self.isolating.get(task, [])]
+        if none:
+            raise RunError(
+                f"client {', '.join(none)} has trained no isolated vector in task {task}: it was lost whenever it was "
+                "to; train with --iso_schedule on_request or --sata_source fed_history"
+            )
+        if self.args.iso_custody == "server":
+            return [self.stored[task][u] for u in leaving]
+        call, message = ("isolated_update", self.isolated_message()) if now else ("isolated_vector", Message({}))
+        replies = of_task.only(leaving).call(call, message) if leaving else []
         lost = [str(u) for u in leaving if u not in [r.client for r in replies]]
         if lost:
             raise RunError(
@@ -214,46 +245,51 @@ class Sata(TaskArithmetic):
 
     # ---------------------------------------------------------------- client
 
-    def why_one_by_one(self) -> str | None:
-        if self.args.iso_schedule != "on_request":
-            return "a client trains its two vectors one after the other"
-        return None  # the other is trained when it is asked for: local_update is the ordinary one
+    def isolated_update(self, message: Message, client) -> Message:
+        """iota_k a step further: ``local_update`` from iota_k, and back to it.
 
-    def local_update(self, message: Message, client) -> Message:
-        draws, everything = client.generator.get_state(), client.indices
-        reply = super().local_update(message, client)
-        schedule, known = self.args.iso_schedule, client.state.setdefault("iso", {})
-        if schedule == "every_round" or (schedule == "once" and client.task not in known):
-            client.indices = everything
-            client.generator.set_state(draws)  # the same batches: after one round both vectors are the same
-            self.train_isolated(message, client)
-            if self.args.iso_custody == "server":
-                reply = Message({**reply, **{f"iso.{n}": v for n, v in known[client.task].items()}})
-        return reply
+        By the draws of ``local_update``: after one round both vectors are the same.
+        """
+        return self.local_update(message, client)
 
-    def train_isolated(self, message: Message, client) -> None:
-        """iota_k a step further: what ``local_update`` does, from iota_k and back to it."""
-        known = client.state.setdefault("iso", {})
-        start = known.get(client.task, self._own_lin.zeros())
-        self._own_alone = self.args.iso_schedule != "every_round"
-        try:
-            super().local_update(Message({**message, **{f"tau.{n}": v for n, v in start.items()}}), client)
-        finally:
-            self._own_alone = False
-        known[client.task] = {n: p.detach().cpu().clone() for n, p in self.current_tau().items()}
+    def load(self, message: Message) -> None:
+        if "isolated" not in message:  # every client starts from a vector of its own (start_training)
+            super().load(message)
+
+    def training_samples(self, client) -> Tensor:
+        if client.call == "isolated_update":
+            client.draw_as("local_update")
+        return super().training_samples(client)
+
+    @torch.no_grad()
+    def start_at_isolated(self, client) -> None:
+        """tau <- iota_k, 0 if there is none or it is trained at one go."""
+        known = client.state.get("iso", {}).get(client.task) if self.args.iso_schedule == "every_round" else None
+        for n, p in self.current_tau().items():
+            p.copy_(known[n]) if known else p.zero_()
+
+    def start_training(self) -> None:
+        if self.client.call == "isolated_update":
+            self.start_at_isolated(self.client)
+        super().start_training()
 
     def local_epochs(self) -> int:
-        if getattr(self, "_own_alone", False):
+        """Those of all rounds together (or ``--iso_epochs``) for an iota that is trained at one go."""
+        if self.client.call == "isolated_update" and self.args.iso_schedule != "every_round":
             return self.args.iso_epochs or super().local_epochs() * self.args.num_comm_rounds
         return super().local_epochs()
 
+    def reply_of(self, client, loss: float) -> Message:
+        if client.call != "isolated_update":
+            return super().reply_of(client, loss)
+        iota = {n: p.detach().cpu().clone() for n, p in self.current_tau().items()}
+        client.state.setdefault("iso", {})[client.task] = iota
+        leaves = self.args.iso_custody == "server" or self.args.iso_schedule == "on_request"
+        return Message({f"iso.{n}": v for n, v in iota.items() if leaves})
+
     def isolated_vector(self, message: Message, client) -> Message:
-        """iota_k, trained now if it was not before; zeros of a client that never took part."""
-        known = client.state.setdefault("iso", {})
-        if client.task not in known and self.args.iso_schedule == "on_request":
-            self.train_isolated(message, client)
-        iota = known.get(client.task, self._own_lin.zeros())
-        return Message({f"iso.{n}": v for n, v in iota.items()})
+        """iota_k."""
+        return Message({f"iso.{n}": v for n, v in client.state["iso"][client.task].items()})
 
     def right_without(self, message: Message, client) -> Message:
         """Held-out images that are right among the task's classes at tau - lambda iota, for lambda in ``GRID``."""

@@ -4,7 +4,7 @@ import shlex
 
 from datasets.utils.partition import Partition
 from federated.clients import Clients, Ledger
-from federated.engines.serial import SerialEngine
+from federated.engines import make_engine
 from federated.simulator import simulate
 from main import build
 from utils import checkpoints
@@ -51,7 +51,7 @@ class Rig:
     def clients(self, task: int, round_: int = -1, ids=None) -> Clients:
         """The clients of a phase, in client order."""
         sizes = {i: n for i, n in enumerate(self.partition.sizes(task)) if n > 0}
-        self.engine = SerialEngine(self.worker, self.partition, self.states, self.args)
+        self.engine = make_engine(self.worker, self.partition, self.states, self.args, print)
         return Clients(sizes if ids is None else ids, self.engine, self.ledger, task, round_)
 
     def begin(self, task: int) -> "Rig":

@@ -16,8 +16,8 @@ a schedule and a loss scale of its own: the method's, made over views of its sli
 steps that K clients in turn take, and a client that has no batch left is left alone, whatever its momentum. Draws come
 from each client's own generator. Only the order of additions differs from the serial engine.
 
-Everything but ``local_update`` runs client by client, and so does ``local_update`` of a method with a training step of
-its own (``FederatedModel.why_one_by_one``).
+Everything but training (``FederatedModel.UPDATES``) runs client by client, and so does the training of a method with a
+step of its own (``FederatedModel.why_one_by_one``).
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ from federated.message import Message
 from models.utils.federated_model import in_place
 from utils.errors import ClientError, RunError
 
-STACKED = "local_update"  # the one client half that trains
 CPU_SAMPLES = 128  # a larger batch outgrows a CPU's caches and is slower than several
 MAPPED_FROM = 4  # whole networks: a mapped step of two takes as long as three plain ones (docs/performance.md)
 
@@ -98,7 +97,7 @@ class BatchedEngine(Engine):
         """Yield (client id, reply): stacks of the largest clients first, so that those alike are trained together."""
         self.worker.enter_task(task)
         waiting = list(ids)
-        if call == STACKED and self._stacks():
+        if call in self.worker.UPDATES and self._stacks():
             waiting = self.largest_first(waiting, task)
             while self.in_turn is None and len(waiting) >= self._worth():
                 if self.clients_per_batch is None:
@@ -106,7 +105,7 @@ class BatchedEngine(Engine):
                 stacks = -(-len(waiting) // self.clients_per_batch)
                 some = waiting[: -(-len(waiting) // stacks)]  # of about the same size
                 try:
-                    replies = self._together(message, some, task, round_)
+                    replies = self._together(call, message, some, task, round_)
                 except NotAlike as e:
                     self._give_up(str(e))
                     break
@@ -191,10 +190,12 @@ class BatchedEngine(Engine):
 
     # ---------------------------------------------------------------- training together
 
-    def _together(self, message: Message, ids: Sequence[int], task: int, round_: int) -> list[tuple[int, Message]]:
+    def _together(
+        self, call: str, message: Message, ids: Sequence[int], task: int, round_: int
+    ) -> list[tuple[int, Message]]:
         """The replies of some clients, the largest first, trained as a stack; their states change only at the end."""
         worker = self.worker
-        clients = [self.client(i, task, round_, STACKED) for i in ids]
+        clients = [self.client(i, task, round_, call) for i in ids]
         for client in clients:
             client.state = copy.deepcopy(client.state)  # a stack that fails is trained again
             client.indices = worker.training_samples(client)
@@ -225,7 +226,7 @@ class BatchedEngine(Engine):
     def _blaming(*clients: Client):
         names = sorted(c.id for c in clients)
         who = f"client {names[0]}" if len(names) == 1 else f"one of the clients {', '.join(map(str, names))}"
-        return blaming(STACKED, who, clients[0].task, clients[0].round)
+        return blaming(clients[0].call, who, clients[0].task, clients[0].round)
 
     def _train(self, stack: Stack, clients: list[Client], turns: list) -> Tensor:
         """All epochs of all clients. Returns their mean losses (K,)."""

@@ -27,7 +27,6 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from federated.engines.base import LOST, Engine, Lost, Partial, add_up, chunks
-from federated.engines.batched import STACKED
 from federated.engines.ray_actor import CPU, Actor, Done, Job, pack, pack_state, unpack, unpack_state
 from federated.message import Message
 from utils.errors import ClientError, RunError, UserError
@@ -269,7 +268,7 @@ class RayEngine(Engine):
         """Yield (client id, reply) as they come in. Large clients go first, so that none is waited for at the end."""
         ids = self.largest_first(ids, task)
         n = len(self.workers)
-        if self.args.clients_per_batch is not None and call == STACKED:
+        if self.args.clients_per_batch is not None and call in self.worker.UPDATES:
             size = min(self.args.clients_per_batch, -(-len(ids) // n))
         else:
             size = min(8, len(ids) // (4 * n))

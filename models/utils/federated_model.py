@@ -64,6 +64,7 @@ class FederatedModel(ContinualModel):
     SCALES_LOSS = True
     PER_SAMPLE_LOSS = True  # whether ``local_loss`` gives a value for each sample
     STEP_NEEDS_BEFORE = True  # whether ``on_step`` looks at ``before``, which costs a copy at every step
+    UPDATES = ("local_update",)  # client halves that are ``local_update``, told apart by ``client.call``
 
     # ---------------------------------------------------------------- what is trained, sent and averaged
 

@@ -29,7 +29,8 @@ from utils.errors import UserError
 class Unlearner(FederatedModel):
     """Base class of mix-ins; defines what they share."""
 
-    TRAINING = ("local_update", "for_epochs")  # client halves that count as rounds
+    UPDATES = ("local_update", "for_epochs")
+    TRAINING = UPDATES  # client halves that count as rounds
     REPLAYS = False
     NEEDS_HISTORY = False  # whether it reads ``history``
     ON_TASK_VECTORS = True  # whether it can act on vectors that are added to a frozen network
@@ -110,14 +111,13 @@ class Unlearner(FederatedModel):
         """Copies of what is trained, by name."""
         return {n: p.detach().clone() for n, p in self.trainable().items()}
 
-    def local_epochs(self) -> int:
-        own = self.__dict__.get("_own_local_epochs")
-        return super().local_epochs() if own is None else own
-
     def for_epochs(self, message: Message, client) -> Message:
         """Client half: ``local_update`` for the number of epochs that the message says."""
-        self._own_local_epochs = message["epochs"]
-        try:
-            return self.local_update(message, client)
-        finally:
-            self._own_local_epochs = None
+        return self.local_update(message, client)
+
+    def load(self, message: Message) -> None:
+        self._own_local_epochs = message.get("epochs")
+        super().load(message)
+
+    def local_epochs(self) -> int:
+        return self.__dict__.get("_own_local_epochs") or super().local_epochs()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 
 import pytest
 import torch
@@ -88,26 +89,26 @@ def both(rig):
                 setattr(r.dataset, name, value)
             if double:
                 in_double(r)
-            counts["stacks"] = 0
+            stacks.clear()
             r.run()
             assert moved(start, state(r)) or "ncm" in flags
             results.append(r)
-        assert (counts["stacks"] > 0) == stacked
+        assert bool(stacks) == stacked
         return results
 
     return go
 
 
-counts = {"stacks": 0}
+stacks: Counter[str] = Counter()  # call -> how many of several clients
 
 
 @pytest.fixture(autouse=True)
 def count(monkeypatch):
     plain = BatchedEngine._together
 
-    def spy(self, message, ids, *rest):
-        counts["stacks"] += len(ids) > 1
-        return plain(self, message, ids, *rest)
+    def spy(self, call, message, ids, *rest):
+        stacks.update([call] * (len(ids) > 1))
+        return plain(self, call, message, ids, *rest)
 
     monkeypatch.setattr(BatchedEngine, "_together", spy)
 
@@ -153,7 +154,6 @@ def test_the_pocket_transformer_gives_the_same_global_state(rig, both, flags, pa
         "task_arithmetic --regime full --clip_grad 0.2",
         "task_arithmetic --lora_r 2",
         "tak --kfac_examples 4 --virtual_bs_n 2",
-        "sata --iso_schedule on_request",
         "com --regime full",
     ],
 )
@@ -164,6 +164,19 @@ def test_task_vectors(both, flags):
     assert far(state(serial), state(stacked)) <= 1e-9
     losses = [[row["loss"] for row in r.record.rounds] for r in (serial, stacked)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6) and losses[0][0] > 0  # added up in float32
+
+
+@pytest.mark.parametrize("flags", ["", "--iso_schedule once --lora_r 2"])
+def test_isolated_vectors(both, flags):
+    """Every client goes on from one of its own, by its own draws; it may take more epochs than the others."""
+    flags = f"--model sata --iso_custody server --iso_epochs 3 {flags} {SHORT} --distribution_alpha 0.3 --lr 0.001"
+    serial, stacked = both(f"{flags} --clients_per_batch 4 --optimizer adamw", double=True)
+    assert stacks["isolated_update"] == stacks["local_update"] // (2 if "once" in flags else 1) > 0
+    assert far(state(serial), state(stacked)) <= 1e-9
+    for task, vectors in serial.model.stored.items():
+        assert vectors.keys() == stacked.model.stored[task].keys()
+        for k, iota in vectors.items():
+            assert far(iota, stacked.model.stored[task][k]) <= 1e-9 and sum(t.abs().sum() for t in iota.values()) > 0
 
 
 @pytest.mark.parametrize("tuning", ["head", "full"])
@@ -208,7 +221,7 @@ def test_gradients_lie_as_their_tensors_do(rig, monkeypatch, flags):
 
     monkeypatch.setattr(FederatedModel, "descend", watched)
     rig(with_engine(flags, "batched"), rig.POCKET).begin(0).round(0, 0)
-    assert lie == {(True, True)}
+    assert lie == {(True, True)} and stacks["local_update"] > 0
 
 
 @pytest.mark.usefixtures("nano")

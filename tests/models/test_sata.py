@@ -181,7 +181,8 @@ def test_low_rank_works_on_products(make, wire):
     share = n[1] / sum(n.values())
     steps = {i: share * sum(m[f"B.{i}"] @ m[f"A.{i}"] for m in mine) for i in before}
     close(forget(r, 1), removed(before, [steps], [1.0]), 1e-5)
-    iota = r.states[0]["iso"][0]["blocks.0.mlp.fc1.weight"]
+    assert not any(s.get("iso") for s in r.states.values()), "nobody asks for it"
+    iota = trained(make("--lora_r 2"), rounds=2).states[0]["iso"][0]["blocks.0.mlp.fc1.weight"]
     assert torch.linalg.matrix_rank(iota) == 4
 
 
@@ -342,6 +343,28 @@ def test_clients_that_are_lost_during_the_request(make, monkeypatch):
         close(tau(r), before, 0)  # as if nothing had been asked
         kept = trained(make("--preset exact1 --sata_head 0 --iso_custody server"))
         close(forget(kept, 1), removed(before, [iota], [p], [p], 1.0), 1e-5)
+
+
+def test_a_client_that_was_lost_when_it_was_to_isolate(make, monkeypatch):
+    """It is asked again in the next round where once is enough; of one that has no vector nothing is guessed."""
+    r = make("--preset exact1 --iso_schedule once")
+    with monkeypatch.context() as m:
+        lose(m, "isolated_update", 1)
+        r.begin(0).round(0, 0)
+    assert r.model.sizes[0].keys() == {0, 1, 2} and r.model.isolating == {0: [0, 2]}
+    before = tau(r)
+    with pytest.raises(RunError, match="client 1 has trained no isolated vector in task 0"):
+        forget(r, 1)
+    close(tau(r), before, 0)
+    r.round(0, 1)
+    assert r.model.isolating == {0: [0, 1, 2]}
+    assert [(row["client"], row["round"]) for row in r.ledger.rows() if row["call"] == "isolated_update"] == [
+        (0, 0),
+        (2, 0),
+        (1, 1),
+    ]
+    forget(r, 1)
+    assert r.model.isolating == {0: [0, 2]}
 
 
 def test_rounds_after_the_last_change_its_vector(make):
