@@ -78,7 +78,7 @@ class Sata(TaskArithmetic):
     FEDERATED_ONLY = True
     UNLEARNS = True
     UNLEARNING_FLAGS = ("sata_lambda", "sata_renorm", "sata_head")
-    UPDATES = ("local_update", "isolated_update")
+    UPDATES = ("isolated_update",)
 
     @staticmethod
     def get_parser(parser):
@@ -199,6 +199,8 @@ class Sata(TaskArithmetic):
         Raises:
             RunError: a client has trained none, or does not answer and alone has it.
         """
+        if not leaving:
+            return []
         if self.args.sata_source == "fed_history":
             return [self.stored[task][u] for u in leaving]
         now = self.args.iso_schedule == "on_request"
@@ -211,7 +213,7 @@ class Sata(TaskArithmetic):
         if self.args.iso_custody == "server":
             return [self.stored[task][u] for u in leaving]
         call, message = ("isolated_update", self.isolated_message()) if now else ("isolated_vector", Message({}))
-        replies = of_task.only(leaving).call(call, message) if leaving else []
+        replies = of_task.only(leaving).call(call, message)
         lost = [str(u) for u in leaving if u not in [r.client for r in replies]]
         if lost:
             raise RunError(

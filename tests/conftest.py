@@ -12,6 +12,7 @@ import torch
 
 import models
 from backbones import resnet19, vit_pocket
+from federated.engines.batched import BatchedEngine
 from federated.engines.serial import SerialEngine
 from tests.rig import MLP, POCKET, Rig
 
@@ -48,6 +49,20 @@ def wire(monkeypatch):
             yield client, reply
 
     monkeypatch.setattr(SerialEngine, "run", run)
+    return record
+
+
+@pytest.fixture
+def stacks(monkeypatch):
+    """(call, how many) for every stack of several clients from here on."""
+    record, plain = [], BatchedEngine._together
+
+    def together(self, call, message, ids, *rest):
+        if len(ids) > 1:
+            record.append((call, len(ids)))
+        return plain(self, call, message, ids, *rest)
+
+    monkeypatch.setattr(BatchedEngine, "_together", together)
     return record
 
 

@@ -16,8 +16,8 @@ a schedule and a loss scale of its own: the method's, made over views of its sli
 steps that K clients in turn take, and a client that has no batch left is left alone, whatever its momentum. Draws come
 from each client's own generator. Only the order of additions differs from the serial engine.
 
-Everything but training (``FederatedModel.UPDATES``) runs client by client, and so does the training of a method with a
-step of its own (``FederatedModel.why_one_by_one``).
+Everything but training (``FederatedModel.is_update``) runs client by client, and so does the training of a method with
+a step of its own (``FederatedModel.why_one_by_one``).
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class BatchedEngine(Engine):
         """Yield (client id, reply): stacks of the largest clients first, so that those alike are trained together."""
         self.worker.enter_task(task)
         waiting = list(ids)
-        if call in self.worker.UPDATES and self._stacks():
+        if self.worker.is_update(call) and self._stacks():
             waiting = self.largest_first(waiting, task)
             while self.in_turn is None and len(waiting) >= self._worth():
                 if self.clients_per_batch is None:

@@ -268,7 +268,7 @@ class RayEngine(Engine):
         """Yield (client id, reply) as they come in. Large clients go first, so that none is waited for at the end."""
         ids = self.largest_first(ids, task)
         n = len(self.workers)
-        if self.args.clients_per_batch is not None and call in self.worker.UPDATES:
+        if self.args.clients_per_batch is not None and self.worker.is_update(call):
             size = min(self.args.clients_per_batch, -(-len(ids) // n))
         else:
             size = min(8, len(ids) // (4 * n))

@@ -64,7 +64,7 @@ class FederatedModel(ContinualModel):
     SCALES_LOSS = True
     PER_SAMPLE_LOSS = True  # whether ``local_loss`` gives a value for each sample
     STEP_NEEDS_BEFORE = True  # whether ``on_step`` looks at ``before``, which costs a copy at every step
-    UPDATES = ("local_update",)  # client halves that are ``local_update``, told apart by ``client.call``
+    UPDATES = ("local_update",)  # client halves, beside its bases', that are ``local_update`` (see ``is_update``)
 
     # ---------------------------------------------------------------- what is trained, sent and averaged
 
@@ -345,6 +345,14 @@ class FederatedModel(ContinualModel):
             self.meta_begin_task(self.dataset)
         self._entered = task
         self.own(self.trainable().values())
+
+    @classmethod
+    def is_update(cls, call: str) -> bool:
+        """Whether a client half is ``local_update``, under whatever name: ``client.call`` tells it what is different.
+
+        So an engine may run it for many clients at once, with the same hooks. A class names its own in ``UPDATES``.
+        """
+        return any(call in vars(base).get("UPDATES", ()) for base in cls.__mro__)
 
     def why_one_by_one(self) -> str | None:
         """Why an engine must train the clients of this method one at a time; None if it may train many at once."""

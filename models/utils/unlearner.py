@@ -29,8 +29,8 @@ from utils.errors import UserError
 class Unlearner(FederatedModel):
     """Base class of mix-ins; defines what they share."""
 
-    UPDATES = ("local_update", "for_epochs")
-    TRAINING = UPDATES  # client halves that count as rounds
+    UPDATES = ("for_epochs",)
+    TRAINING = ("local_update", "for_epochs")  # client halves that count as rounds
     REPLAYS = False
     NEEDS_HISTORY = False  # whether it reads ``history``
     ON_TASK_VECTORS = True  # whether it can act on vectors that are added to a frozen network

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import main
-from federated.engines.batched import BatchedEngine
 from federated.engines.serial import SerialEngine
 from federated.stage import Stage
 from federated.unlearning import request_name, request_point, requests, samples
@@ -377,22 +376,21 @@ def test_fresh_updates_are_as_long_as_the_old_ones(made, wire, norm):
         torch.testing.assert_close(got[n], want[n], rtol=1e-3, atol=1e-4)
 
 
-def test_fresh_updates_are_trained_together(made, monkeypatch):
+def test_fresh_updates_are_trained_together(made, stacks):
     """By an engine that stacks clients, for as many epochs as are asked for."""
-    plain, stacked = BatchedEngine._together, []
-
-    def spy(self, call, message, ids, *rest):
-        stacked.append((call, len(ids)))
-        return plain(self, call, message, ids, *rest)
-
-    monkeypatch.setattr(BatchedEngine, "_together", spy)
     flags = "--federaser_interval 1 --federaser_epochs 2 --optimizer sgd --lr 0.05 --debug_mode 1 --engine"
     turn, together = (replayed(made("federaser", f"{flags} {e}")) for e in ("serial", "batched --clients_per_batch 3"))
-    assert ("for_epochs", 3) in stacked
+    assert ("for_epochs", 3) in stacks
     for n, t in turn.model.trained().items():
         torch.testing.assert_close(together.model.trained()[n], t, rtol=0, atol=1e-6)
     once = replayed(made("federaser", f"{flags} serial --federaser_epochs 1")).model.trained()
     assert any(not torch.equal(t, once[n]) for n, t in turn.model.trained().items())
+
+
+def test_a_way_that_is_mixed_in_hides_nothing_that_trains(rig, nano):
+    worker = rig("--model sata --joint 1 --fl --unlearn federaser --unlearn_client 1 --unlearn_history 1").worker
+    found = {c for c in ("local_update", "for_epochs", "isolated_update", "isolated_vector") if worker.is_update(c)}
+    assert found == {"local_update", "for_epochs", "isolated_update"}
 
 
 def test_updates_of_low_rank_are_kept_and_replayed_as_products(rig, nano, wire):
