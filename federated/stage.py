@@ -33,6 +33,7 @@ class Stage:
 
     Attributes:
         at: (task, rounds of it that were done) then. seconds: spent on unlearning and recovery.
+        moments: (seconds, test accuracy in %) before each round of recovery.
     """
 
     def __init__(self, args, run, checkpoint: Path | None, keep: Path | None = None) -> None:
@@ -58,6 +59,7 @@ class Stage:
         if history is not None:
             self.model._own_history = history
         self.seconds, self.at = 0.0, (self.session.cursor["task"], self.session.cursor["step"] - 1)
+        self.moments: list[tuple[float, float]] = []
         self._said: dict[tuple[int, bool], np.ndarray] = {}
 
     def engine(self):
@@ -66,10 +68,16 @@ class Stage:
 
     @contextmanager
     def clients(self) -> Iterator[Clients]:
-        """Those that own samples of the current task; the time they take counts."""
-        began, task = time.perf_counter(), self.session.cursor["task"]
+        """Those that own samples of the current task."""
+        task = self.session.cursor["task"]
         with self.engine() as engine:
             yield Clients([i for i, n in enumerate(self.partition.sizes(task)) if n > 0], engine, self.ledger, task)
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """The time inside counts."""
+        began = time.perf_counter()
+        yield
         self.seconds += time.perf_counter() - began
 
     def forget(self, who: Sequence[int]) -> None:
@@ -77,7 +85,7 @@ class Stage:
         while self.dataset.c_task < self.session.cursor["task"]:
             self.dataset.get_data_loaders()
         set_random_seed(self.args.seed, "unlearn", *who)
-        with self.clients() as clients:
+        with self.timed(), self.clients() as clients:
             self.model.unlearn(clients, list(who))
         self.partition = self.partition.without(who)
         for u in who:
@@ -90,20 +98,23 @@ class Stage:
 
     def replay(self, who: Sequence[int], original: Stage) -> None:
         """The training until the request once more, without the clients, by the rounds of a way with ``REPLAYS``."""
-        began = time.perf_counter()
         self.args.unlearn_history = 0
         if hasattr(original.model, "_own_history"):
             known = original.model._own_history  # to which the rest of the run has added
             self.model._own_history = {when: kept for when, kept in known.items() if when < original.at}
         self.model.plan(list(who))
         self.partition = self.partition.without(who)
-        self.finish(original.at)
-        self.seconds += time.perf_counter() - began
+        with self.timed():
+            self.finish(original.at)
 
-    def recover(self, rounds: int) -> None:
-        """Rounds of those that are left."""
+    def recover(self, rounds: int, look: bool = False) -> None:
+        """Rounds of those that are left; ``look``: test before each, off the clock (``moments``)."""
         with self.clients() as clients:
-            self.model.more_rounds(clients, rounds, "recover")
+            for _ in range(rounds):
+                if look:
+                    self.moments.append((self.seconds, self.test_accuracy()))
+                with self.timed():
+                    self.model.more_rounds(clients, 1, "recover")
 
     def finish(self, until: tuple[int, int] | None = None) -> None:
         """What is left of the run (until so many rounds of a task are done), without those that are gone."""
@@ -111,6 +122,13 @@ class Stage:
 
         with self.engine() as engine:
             tasks(self.session, engine, self.ledger, self.partition, until)
+
+    def test_accuracy(self) -> float:
+        """In %, on the test images of all tasks."""
+        parts = [(t, self.dataset.task_indices(t, train=False)) for t in range(self.dataset.n_eval_tasks)]
+        said = [self.predict(indices, t, False) for t, indices in parts]
+        labels = torch.cat([self.dataset.eval_labels[indices] for _, indices in parts])
+        return accuracy(np.concatenate(said), labels.cpu().numpy())
 
     def accuracy_of(self, who: Sequence[int], whole: Partition) -> float:
         """In %, on the clients' images of the last task, by the division with everybody; nan if they have none."""

@@ -29,7 +29,7 @@ from utils.args import UNLEARNING_FLAGS
 from utils.errors import UserError
 from utils.loggers import Run, write_csv
 from utils.registry import scan
-from utils.unlearning_metrics import auc, distance, figures, lira, log_odds, report, same_mix, tpr_at
+from utils.unlearning_metrics import auc, distance, figures, lira, log_odds, outage, report, same_mix, tpr_at
 
 # ---------------------------------------------------------------- what is asked for
 
@@ -263,7 +263,7 @@ def forget_one(args, record, request, original: Stage) -> dict:
         else:
             for step in request:
                 made.forget(step)
-        made.recover(args.recover_rounds)
+        made.recover(args.recover_rounds, look=compare and args.unlearn_at == "end")
         spent = {
             "rounds": rounds_of(made.ledger.rows(known), getattr(made.model, "TRAINING", ("local_update",))),
             "mb_up": (made.ledger.uplink - up) / 1e6,
@@ -298,6 +298,8 @@ def forget_one(args, record, request, original: Stage) -> dict:
     if Rs:
         row |= {f"R_{k}": v for k, v in figures(Rs[0], y).items()}
         row |= distances(made, original, golds) | shadows(V, y, Rs[1:])
+        if args.unlearn_at == "end":  # else what follows is not the others' recovery alone
+            row["outage"] = outage([*made.moments, (spent["seconds"], row["TA"])], row["R_TA"])
     row |= bound(original, who) | spent
     if args.relearn_rounds:
         row |= relearning(args, original, made, golds[0] if compare else None, who)

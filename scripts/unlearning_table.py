@@ -8,7 +8,7 @@
 
 A line of the record is one request: whom, how, from which run, and what came of it. The same request takes the place of
 an older one. Tables are means and sample deviations over clients and seeds. Rebound is what the client's data gained by
-rounds of recovery, over the same without any.
+rounds of recovery, over the same without any, whose model counts in the time without a usable one too.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from scripts.pocket_report import ROOT, cells, commits, spread
 from utils.compare import load_runs
 from utils.errors import UserError
 from utils.files import replacing
-from utils.unlearning_metrics import AVERAGED, gap
+from utils.unlearning_metrics import AVERAGED, USABLE, gap, outage
 
 DOCS = ROOT / "docs"
 SETTING = ["dataset", "tasks", "beta"]
@@ -49,7 +49,7 @@ SHOWN = {
     "relearn": ("relearn", 1),
     "rebound": ("rebound", 1),
 }
-INTRODUCTION = """<!-- made by scripts/unlearning_table.py page; do not edit -->
+INTRODUCTION = f"""<!-- made by scripts/unlearning_table.py page; do not edit -->
 
 # Forgetting a client on the pocket suite: all tables
 
@@ -59,7 +59,9 @@ that was trained again without the client, O the one with everybody. Mean gap: h
 data, on the others' and on the test set, and the AUC of membership inference by loss (times 100), are from R's, on
 average. Distance: of the weights to R's, in units of O's. Relearn: epochs until the client alone has O's accuracy on
 its data again (mean over those that needed at most ten). `1 more`: with a round of recovery; rebound: what the
-client's data gained in it. s: seconds of unlearning and recovery, or of training again, on the device that is named."""
+client's data gained in it. s: seconds of unlearning and recovery, or of training again, on the device that is named.
+Outage: how many of them pass before there is a model with {USABLE:.0%} of R's test accuracy; the mean over requests
+that come to one, with their number where it is not all; never: none does."""
 
 
 def collect(folders: list[str], known: Path) -> pd.DataFrame:
@@ -80,13 +82,16 @@ def collect(folders: list[str], known: Path) -> pd.DataFrame:
     return rows.drop_duplicates(KEY, keep="last").sort_values(KEY)
 
 
-def with_rebound(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows with the gaps to R, and ``rebound`` where there is the same request without recovery."""
+def completed(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows with the gaps to R, ``outage``, and ``rebound`` where there is the same request without recovery."""
     rows = rows.assign(**{f"{k}_gap": gap(k, rows[k], rows[f"R_{k}"]) for k in ("FA", "RA", "TA")})
-    same = [k for k in KEY if k != "recover_rounds"]
-    at_once = rows[rows["recover_rounds"] == 0][[*same, "FA"]].rename(columns={"FA": "FA_at_once"})
+    same, seen = [k for k in KEY if k != "recover_rounds"], ["FA", "TA", "seconds"]
+    at_once = rows[rows["recover_rounds"] == 0][[*same, *seen]].rename(columns={k: f"{k}_at_once" for k in seen})
     rows = rows.merge(at_once, on=same, how="left")
-    return rows.assign(rebound=(rows["FA"] - rows["FA_at_once"]).where(rows["recover_rounds"] > 0))
+    moments = zip(zip(rows["seconds_at_once"], rows["TA_at_once"]), zip(rows["seconds"], rows["TA"]))
+    outages = [outage(when, target) for when, target in zip(moments, rows["R_TA"])]
+    rebound = (rows["FA"] - rows["FA_at_once"]).where(rows["recover_rounds"] > 0)
+    return rows.assign(rebound=rebound, outage=pd.Series(outages, rows.index, dtype=float))
 
 
 def name(way: tuple) -> str:
@@ -100,14 +105,22 @@ def name(way: tuple) -> str:
 
 
 def read(file: Path) -> pd.DataFrame:
-    """A record, with rebound and gaps.
+    """A record, with gaps, rebound and outage.
 
     Raises:
         UserError: there is none.
     """
     if not file.exists():
         raise UserError(f"{file} is not there: run scripts/pocket_unlearning.sh, then collect")
-    return with_rebound(pd.read_csv(file, dtype=TEXT))
+    return completed(pd.read_csv(file, dtype=TEXT))
+
+
+def mean_outage(seconds: pd.Series) -> str:
+    """Over the requests that come to a usable model, with (their number) if some do not."""
+    known = seconds.dropna()
+    if known.empty:
+        return "never"
+    return f"{known.mean():.1f}" + (f" ({len(known)})" if len(known) < len(seconds) else "")
 
 
 def of_nothing(rows: pd.DataFrame) -> pd.DataFrame:
@@ -131,11 +144,11 @@ def table(record: pd.DataFrame, dataset: str, tasks: str, beta: float) -> str:
     if rows.empty:
         raise UserError(f"the record has nothing of {dataset}, {tasks}, {beta}: run the script, then collect")
     titles = [title for title, _ in SHOWN.values()]
-    lines = header(f"{dataset}, {tasks}, {beta:g}", ["n", "mean gap", *titles, "rounds", "MB up", "s"])
+    lines = header(f"{dataset}, {tasks}, {beta:g}", ["n", "mean gap", *titles, "rounds", "MB up", "s", "outage"])
     groups = sorted(rows.groupby(WAY, dropna=False), key=lambda g: (g[1]["avg_gap"].mean(), name(g[0])))
     for way, mine in groups:
         figures = [spread(mine[c], digits) for c, (_, digits) in SHOWN.items()]
-        costs = [f"{mine[c].mean():.1f}" for c in COSTS]
+        costs = [*(f"{mine[c].mean():.1f}" for c in COSTS), mean_outage(mine["outage"])]
         lines.append(cells(name(way), len(mine), spread(mine["avg_gap"]), *figures, *costs))
     titles = [f"{who}: {what} %" for who in "RO" for what in ("forgotten", "retained", "test")]
     lines += ["", *header("what R and O are", [*titles, "O's mean gap"])]

@@ -44,16 +44,17 @@ def test_requests_of_a_real_run(tmp_path):
     assert len(script.collect([str(tmp_path / "runs")], tmp_path / "unlearning.csv")) == 2  # the same requests again
 
 
-def test_means_gaps_and_rebound(tmp_path):
+def test_means_gaps_rebound_and_outage(tmp_path):
     rows = [
-        made(client="0", FA=40.0, RA=91.0, TA=80.0),
-        made(client="3", FA=60.0, RA=91.0, TA=80.0),
-        made(client="0", FA=55.0, RA=91.0, TA=80.0, recover_rounds=1, avg_gap=0.5),
+        made(client="0", FA=40.0, RA=91.0, TA=75.0, seconds=1.0),
+        made(client="3", FA=60.0, RA=91.0, TA=85.0, seconds=2.0),
+        made(client="0", FA=55.0, RA=91.0, TA=80.0, seconds=5.0, recover_rounds=1, avg_gap=0.5),
+        made(client="3", FA=55.0, RA=91.0, TA=80.0, seconds=6.0, recover_rounds=1, avg_gap=0.5),
         made(
             client="0",
             FA=50.0,
             RA=90.0,
-            TA=80.0,
+            TA=70.0,
             model="sata",
             method="sata",
             sata_lambda="p",
@@ -63,9 +64,11 @@ def test_means_gaps_and_rebound(tmp_path):
     ]
     record = record_of(rows, tmp_path)
     said = script.table(record, "d", "single", 0.5).splitlines()
-    assert said[2].startswith("| pga, 1 more | 1 | 0.5 | 55.0 | 5.0 | 91.0 | 1.0 |") and "| 15.0 |" in said[2]
+    assert said[2].startswith("| pga, 1 more | 2 | 0.5 ± 0.0 | 55.0 ± 0.0 | 5.0 ± 0.0 | 91.0 ± 0.0 | 1.0 ± 0.0 |")
+    assert "| 5.0 ± 14.1 |" in said[2] and said[2].endswith("| 5.5 | 3.5 |")  # 3's model was good before recovery
     assert said[3].startswith("| pga | 2 | 1.0 ± 0.0 | 50.0 ± 14.1 | 10.0 ± 0.0 |")
-    assert said[4].startswith("| sata, full, exact1 | 1 |")
+    assert said[3].endswith("| 1.5 | 2.0 (1) |")
+    assert said[4].startswith("| sata, full, exact1 | 1 |") and said[4].endswith("| never |")
     assert said[-2] == "| fedavg | 50.0 ± 0.0 | 90.0 ± 0.0 | 80.0 ± 0.0 | - | - | - | - |"
     assert said[-1] == "| sata, full | 50.0 | 90.0 | 80.0 | - | - | - | - |"
     with pytest.raises(UserError, match="nothing of d, continual"):

@@ -14,6 +14,7 @@ import numpy as np
 
 EPS = 1e-12
 AVERAGED = ("FA", "RA", "TA", "mia_loss_auc")  # figures whose gaps to R make the mean gap
+USABLE = 0.95  # share of R's test accuracy that a usable model has
 
 
 def accuracy(p: np.ndarray, y: np.ndarray) -> float:
@@ -174,6 +175,15 @@ def distance(a: Mapping, b: Mapping) -> float:
 
 
 SETS = ("forget", "retain", "forget_test", "test")
+
+
+def outage(moments: Sequence[tuple[float, float]], target: float) -> float | None:
+    """Time without a usable model: from the request to the first with ``USABLE`` of the retrained one's test accuracy.
+
+    Args:
+        moments: (seconds since the request, accuracy) in order. target: of the retrained model. None: not among them.
+    """
+    return next((seconds for seconds, accuracy in moments if accuracy >= USABLE * target), None)
 
 
 def figures(p: Mapping[str, np.ndarray], y: Mapping[str, np.ndarray]) -> dict[str, float]:

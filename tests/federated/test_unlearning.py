@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import main
+from federated import unlearning
 from federated.engines.serial import SerialEngine
 from federated.stage import Stage
 from federated.unlearning import request_name, request_point, requests, samples
@@ -109,6 +110,7 @@ def test_everything_by_its_command(run, tmp_path):
     gold = run("--unlearn retrain --unlearn_client 1 --eval_retrain")[1]
     assert all(gold[k] == gold[f"R_{k}"] for k in ("FA", "RA", "FTA", "TA")) and float(gold["relD"]) == 0
     assert float(gold["avg_gap"]) == 0 and gold["rounds"] == "2" and float(gold["mb_up"]) > 0
+    assert float(gold["outage"]) == float(gold["seconds"]) > 0
     folders = list((tmp_path / "seq-digits" / "fedavg").iterdir())
     assert len(folders) == 2  # with the client and without it
     n = len(run("--unlearn noop --unlearn_client 1 --eval_retrain"))
@@ -119,6 +121,20 @@ def test_everything_by_its_command(run, tmp_path):
     assert next(tmp_path.rglob("unlearning.png")).stat().st_size > 5000
     assert float(table[0]["bound"]) == float(table[1]["bound"]) > 0
     assert table[0]["n_forget"] != table[2]["n_forget"] == table[3]["n_forget"]
+
+
+def test_time_without_a_usable_model_is_that_of_its_rounds(run, monkeypatch):
+    """What is seen before each round of recovery is what as many rounds end with; looking changes nothing."""
+    seen = []
+    monkeypatch.setattr(unlearning, "outage", lambda moments, target: seen.append((moments, target)) or 7.0)
+    table = [run(f"--unlearn not --unlearn_client 1 --eval_retrain --recover_rounds {n}")[n] for n in range(3)]
+    ends = [float(r["TA"]) for r in table]
+    for n, (moments, target) in enumerate(seen):
+        assert [ta for _, ta in moments] == ends[: n + 1] and target == float(table[n]["R_TA"])
+        seconds = [s for s, _ in moments]
+        assert seconds == sorted(seconds) and seconds[-1] == float(table[n]["seconds"])
+    assert len(seen) == 3 and len(set(ends)) == 3 and [r["outage"] for r in table] == ["7.0"] * 3
+    assert run("--unlearn not --unlearn_client 1 --recover_rounds 2")[3]["outage"] == ""  # nothing to compare with
 
 
 def test_unseen_images_have_the_clients_mix(rig):
@@ -264,8 +280,8 @@ def test_what_everybody_and_retraining_say_is_asked_once(run, tmp_path, monkeypa
         *tmp_path.rglob("unlearning.csv"),
     ]:
         file.unlink()
-    again = run(f"--unlearn finetune {who}")
-    assert len(kept) == 2 and without(kept, {"seconds"}) == without(again, {"seconds"})
+    again, times = run(f"--unlearn finetune {who}"), {"seconds", "outage"}
+    assert len(kept) == 2 and without(kept, times) == without(again, times)
 
 
 def test_history_in_either_order(run):

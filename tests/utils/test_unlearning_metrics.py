@@ -20,6 +20,7 @@ from utils.unlearning_metrics import (
     kl,
     lira,
     log_odds,
+    outage,
     report,
     same_mix,
     scores,
@@ -126,3 +127,10 @@ def test_a_row():
     )
     names = ("FA_gap", "RA_gap", "TA_gap", "mia_loss_auc_gap")
     assert row["avg_gap"] == pytest.approx(np.mean([row[n] for n in names]))
+
+
+def test_time_without_a_usable_model():
+    """Until the first that has 95 % of what retraining has, wherever it goes from there."""
+    moments = [(1.0, 70.0), (3.0, 76.0), (9.0, 60.0)]
+    assert outage(moments, 80.0) == 3.0 and outage(moments, 70.0) == 1.0 and outage(moments, 80.1) is None
+    assert outage([(float("nan"), float("nan")), (2.0, 76.0)], 80.0) == 2.0  # nothing known of the first
