@@ -254,6 +254,7 @@ def forget_one(args, record, request, original: Stage) -> dict:
             "mb_down": float(summaries[0]["downlink_mb"]),
             "seconds": float(summaries[0]["train_seconds"]),
         }
+        asked = set()
     else:
         again = getattr(original.model, "REPLAYS", False)
         made = Stage(args, record, None if again else start_of(record))
@@ -264,8 +265,10 @@ def forget_one(args, record, request, original: Stage) -> dict:
             for step in request:
                 made.forget(step)
         made.recover(args.recover_rounds, look=compare and args.unlearn_at == "end")
+        messages = made.ledger.rows(known)
+        asked = {r["client"] for r in messages}
         spent = {
-            "rounds": rounds_of(made.ledger.rows(known), getattr(made.model, "TRAINING", ("local_update",))),
+            "rounds": rounds_of(messages, getattr(made.model, "TRAINING", ("local_update",))),
             "mb_up": (made.ledger.uplink - up) / 1e6,
             "mb_down": (made.ledger.downlink - down) / 1e6,
             "seconds": made.seconds,
@@ -300,6 +303,7 @@ def forget_one(args, record, request, original: Stage) -> dict:
         row |= distances(made, original, golds) | shadows(V, y, Rs[1:])
         if args.unlearn_at == "end":  # else what follows is not the others' recovery alone
             row["outage"] = outage([*made.moments, (spent["seconds"], row["TA"])], row["R_TA"])
+    spent |= {"storage_mb": storage(original), "client_asked": int(not asked.isdisjoint(who))}
     row |= bound(original, who) | spent
     if args.relearn_rounds:
         row |= relearning(args, original, made, golds[0] if compare else None, who)
@@ -310,6 +314,21 @@ def rounds_of(rows: list[dict], training: Sequence[str]) -> int:
     """Rounds in rows of the ledger: for each call that trains, how often the busiest client was asked."""
     asked = Counter((r["call"], r["client"]) for r in rows)
     return sum(max((n for (call, _), n in asked.items() if call == name), default=0) for name in training)
+
+
+def storage(original: Stage) -> float:
+    """MB that the server had kept for the request: past updates, for ways that read them, or isolated vectors."""
+
+    def size(kept) -> float:
+        if isinstance(kept, dict):
+            return sum(map(size, kept.values()))
+        return kept.nbytes / 1e6 if isinstance(kept, torch.Tensor) else 0.0
+
+    model = original.model
+    if original.args.unlearn == "own":
+        return size(model.stored)
+    history = getattr(model, "_own_history", {}) if getattr(model, "NEEDS_HISTORY", False) else {}
+    return size({when: kept for when, kept in history.items() if when < original.at})
 
 
 def bound(original: Stage, who: Sequence[int]) -> dict:

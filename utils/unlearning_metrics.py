@@ -117,6 +117,25 @@ def svc_nonmembers(p: np.ndarray, inside: np.ndarray, outside: np.ndarray, seed:
     return float((attack.predict(p.max(1, keepdims=True)) == 0).mean())
 
 
+def epsilon(members: np.ndarray, others: np.ndarray, delta: float = 1e-5, confidence: float = 0.95) -> float:
+    """The epsilon that an attack shows differential privacy not to be below: max log((TPR - delta) / FPR), or 0.
+
+    Over all thresholds, with the lower end of the Clopper-Pearson interval of TPR and the upper end of FPR's. Each
+    interval holds for a threshold by itself, so the best of them is on the high side; nan without samples.
+    """
+    from scipy.stats import beta
+    from sklearn.metrics import roc_curve
+
+    n, m, tail = len(members), len(others), (1 - confidence) / 2
+    if not n or not m:
+        return float("nan")
+    false, true, _ = roc_curve(np.r_[np.ones(n), np.zeros(m)], np.r_[members, others], drop_intermediate=False)
+    k, j = np.rint(true * n), np.rint(false * m)
+    low = np.where(k > 0, beta.ppf(tail, np.maximum(k, 1), n - k + 1), 0.0)
+    high = np.where(j < m, beta.ppf(1 - tail, j + 1, np.maximum(m - j, 1)), 1.0)
+    return max(float(np.log(np.maximum(low - delta, EPS) / high).max()), 0.0)
+
+
 def lira(phi: np.ndarray, shadows: Sequence[np.ndarray]) -> np.ndarray:
     """Offline LiRA (Carlini et al. 2022): 1 - P(an 'out' model is as confident), with a Gaussian for each sample.
 
@@ -187,12 +206,16 @@ def outage(moments: Sequence[tuple[float, float]], target: float) -> float | Non
 
 
 def figures(p: Mapping[str, np.ndarray], y: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """What every model is measured by: FA, RA, FTA, TA in %, and the AUC of the attack on the loss.
+    """What every model is measured by: FA, RA, FTA, TA, XA in %, and the AUC of the attack on the loss.
+
+    XA is on test images of classes that the leaving clients alone have, which a model without them cannot know.
 
     Args:
         p, y: probabilities and labels of ``SETS``.
     """
     out = {name: accuracy(p[s], y[s]) for s, name in zip(SETS, ("FA", "RA", "FTA", "TA"))}
+    theirs = np.isin(y["test"], np.setdiff1d(y["forget"], y["retain"]))
+    out["XA"] = accuracy(p["test"][theirs], y["test"][theirs])
     inside, outside = (scores(p[s], y[s])["loss"] for s in ("forget", "forget_test"))
     return out | {"mia_loss_auc": auc(inside, outside)}
 
@@ -202,6 +225,7 @@ def attacks(p: Mapping[str, np.ndarray], y: Mapping[str, np.ndarray], seed: int 
     inside, outside = scores(p["forget"], y["forget"]), scores(p["forget_test"], y["forget_test"])
     out = {f"mia_{n}_auc": auc(inside[n], outside[n]) for n in inside if n != "loss"}
     out["mia_tpr01"] = tpr_at(inside["loss"], outside["loss"])
+    out["mia_epsilon"] = epsilon(inside["loss"], outside["loss"])
     if len(y["retain"]) and len(y["test"]):
         known, unknown = scores(p["retain"], y["retain"]), scores(p["test"], y["test"])
         out["mia_mentropy_share"] = calibrated_share(

@@ -106,7 +106,7 @@ def test_everything_by_its_command(run, tmp_path):
     """One training, retraining once, a row for each way; what is there is not made again."""
     noop = run("--unlearn noop --unlearn_client 1 --eval_retrain")[0]
     assert noop["FA"] == noop["O_FA"] and noop["TA"] == noop["O_TA"] and float(noop["relD"]) == pytest.approx(1)
-    assert noop["rounds"] == "0" and float(noop["mb_up"]) == 0
+    assert [float(noop[k]) for k in ("rounds", "mb_up", "storage_mb", "client_asked")] == [0] * 4 and noop["XA"] == ""
     gold = run("--unlearn retrain --unlearn_client 1 --eval_retrain")[1]
     assert all(gold[k] == gold[f"R_{k}"] for k in ("FA", "RA", "FTA", "TA")) and float(gold["relD"]) == 0
     assert float(gold["avg_gap"]) == 0 and gold["rounds"] == "2" and float(gold["mb_up"]) > 0
@@ -292,12 +292,15 @@ def test_history_in_either_order(run):
 
 
 @pytest.mark.parametrize("way", sorted(set(scan("unlearning")) - {"noop", "retrain", "finetune", "history", "fused"}))
-def test_every_other_way_and_backbone_head(run, way):
+def test_every_other_way_and_backbone_head(run, way, tmp_path):
     """Each changes the model, on a method that trains rows of the head too, and says what it cost."""
     lora = "--model fedavg --tuning lora --dataset seq-digits --backbone vit-pocket --joint 1 --fl --num_clients 3"
     base = f"{lora} --num_comm_rounds 2 --debug_mode 1 --n_epochs 1 --device cpu --unlearn_history 1 --loadcheck auto"
     (row,) = run(f"--unlearn {way} --unlearn_client 1", base=base)
-    assert float(row["seconds"]) > 0
+    assert float(row["seconds"]) > 0 and row["client_asked"] == str(int(way in ("pga", "fedquit")))
+    trained = int(rows(next(tmp_path.rglob("summary.csv")))[0]["trainable_params"])
+    history = 2 * (1 + 3) * 4 * trained / 1e6  # of two rounds what was sent, and three updates
+    assert float(row["storage_mb"]) == pytest.approx(history if way in ("pga", "federaser", "sifu") else 0)
     if way != "fedquit":  # whose rate is small
         assert (row["FA"], row["RA"], row["TA"]) != (row["O_FA"], row["O_RA"], row["O_TA"])
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 from scipy.special import rel_entr
-from scipy.stats import norm
+from scipy.stats import binomtest, norm
 
 from utils.unlearning_metrics import (
     SETS,
@@ -16,6 +16,8 @@ from utils.unlearning_metrics import (
     auc,
     calibrated_share,
     distance,
+    epsilon,
+    figures,
     js,
     kl,
     lira,
@@ -49,6 +51,21 @@ def test_tpr_at_a_false_positive_rate():
     for fpr in (0.0, 0.01, 0.2):
         cuts = np.r_[np.unique(np.r_[a, b]), np.inf]
         assert tpr_at(a, b, fpr) == max((a >= c).mean() for c in cuts if (b >= c).mean() <= fpr + 1e-12)
+
+
+def test_epsilon_by_exact_intervals():
+    """Against scipy's exact binomial test, threshold by threshold."""
+    a, b = RNG.integers(2, 9, 40), RNG.integers(0, 6, 30)
+    want = 0.0
+    for cut in range(10):
+        k, j = int((a >= cut).sum()), int((b >= cut).sum())
+        low = binomtest(k, 40).proportion_ci(0.95, "exact").low
+        high = binomtest(j, 30).proportion_ci(0.95, "exact").high
+        want = max(want, math.log(max(low - 1e-5, 1e-12) / high))
+    assert want > 0.5 and epsilon(a, b) == pytest.approx(want)
+    assert epsilon(b, a) == 0 and epsilon(a, a) == 0 and math.isnan(epsilon(a, a[:0]))
+    sure = epsilon(np.ones(1000), np.zeros(1000))
+    assert sure == pytest.approx(math.log((0.025 ** (1 / 1000) - 1e-5) / (1 - 0.025 ** (1 / 1000))))
 
 
 def test_scores_by_hand():
@@ -127,6 +144,15 @@ def test_a_row():
     )
     names = ("FA_gap", "RA_gap", "TA_gap", "mia_loss_auc_gap")
     assert row["avg_gap"] == pytest.approx(np.mean([row[n] for n in names]))
+
+
+def test_classes_of_a_client_alone():
+    y = {"forget": [0, 1, 2], "retain": [2, 3], "forget_test": [0], "test": [0, 0, 1, 1, 2, 3, 3]}
+    y = {s: np.array(v) for s, v in y.items()}
+    p = {s: np.eye(4)[v] for s, v in y.items()}
+    p["test"] = np.eye(4)[[0, 3, 3, 3, 2, 3, 3]]
+    assert figures(p, y)["XA"] == 25 and report(p, y, dict(p, test=np.eye(4)[y["test"]]))["XA_gap"] == 75
+    assert math.isnan(figures(p, dict(y, forget=np.array([2, 3, 3])))["XA"])
 
 
 def test_time_without_a_usable_model():
