@@ -2,9 +2,9 @@
 
     python scripts/unlearning_table.py collect results/unlearning     # add every unlearning.csv below a folder
     python scripts/unlearning_table.py table --dataset seq-digits --tasks single --beta 0.5
-    python scripts/unlearning_table.py page                           # all tables: docs/unlearning.md
+    python scripts/unlearning_table.py page                           # all tables: docs/unlearning.md, and .png
 
-``--record FOLDER`` keeps ``unlearning.csv`` and ``unlearning.md`` there instead.
+``--record FOLDER`` keeps ``unlearning.csv``, ``unlearning.md`` and ``unlearning.png`` there instead.
 
 A line of the record is one request: whom, how, from which run, and what came of it. The same request takes the place of
 an older one. Tables are means and sample deviations over clients and seeds. Rebound is what the client's data gained by
@@ -164,34 +164,74 @@ def place(setting: tuple[str, str, float]) -> tuple:
     return dataset != "seq-glyphs", tasks != "single", beta
 
 
-def summary(record: pd.DataFrame) -> str:
-    """A Markdown table of mean gaps, ways by settings, best mean rank first; (n) where some requests are missing."""
-    known, most = {}, {}
-    for setting, rows in record.groupby(SETTING):
+def gaps_by_way(record: pd.DataFrame) -> dict[tuple, dict[str, pd.Series]]:
+    """{setting: {way, as named, or nothing done to a model with task vectors: mean gaps of its requests}}."""
+    found = {}
+    for setting, rows in sorted(record.groupby(SETTING), key=lambda g: place(g[0])):
         here = {name(way): mine["avg_gap"] for way, mine in rows.groupby(WAY, dropna=False)}
         vectors = rows[rows["model"] != "fedavg"]  # nothing done to FedAvg is noop
         for (model, regime), mine in of_nothing(vectors).groupby(MODEL):
             here[f"({model}, {regime}: nothing done)"] = mine["avg_gap"]
-        most[setting] = max(map(len, here.values()))
-        known[setting] = here
-    settings = sorted(known, key=place)
-    means = pd.DataFrame({s: {way: gaps.mean() for way, gaps in known[s].items()} for s in settings})
+        found[setting] = here
+    return found
+
+
+def best_first(known: dict[tuple, dict[str, pd.Series]]) -> pd.DataFrame:
+    """Means of :func:`gaps_by_way`, ways by settings, best mean rank first."""
+    means = pd.DataFrame({s: {way: gaps.mean() for way, gaps in here.items()} for s, here in known.items()})
     order = means.rank(pct=True).mean(axis=1).sort_values(kind="stable").index
-    titles = [f"{dataset}, {tasks}, {beta:g} (n = {most[dataset, tasks, beta]})" for dataset, tasks, beta in settings]
+    return means.loc[order]
+
+
+def summary(record: pd.DataFrame) -> str:
+    """A Markdown table of mean gaps, ways by settings, best mean rank first; (n) where some requests are missing."""
+    known = gaps_by_way(record)
+    most = {s: max(map(len, here.values())) for s, here in known.items()}
+    titles = [f"{dataset}, {tasks}, {beta:g} (n = {most[dataset, tasks, beta]})" for dataset, tasks, beta in known]
     lines = header("mean gap to retraining, points", titles)
-    for way in order:
+    for way in best_first(known).index:
         row = []
-        for s in settings:
-            gaps = known[s].get(way)
+        for s, here in known.items():
+            gaps = here.get(way)
             missing = gaps is not None and len(gaps) < most[s]
             row.append("-" if gaps is None else spread(gaps) + (f" ({len(gaps)})" if missing else ""))
         lines.append(cells(way, *row))
     return "\n".join(lines)
 
 
+def figure(record: pd.DataFrame, file: Path) -> None:
+    """The same as dots: a line for each way, a panel for one task and one for tasks in sequence, betas in colour."""
+    from matplotlib.figure import Figure
+
+    from utils.report_plots import COLOURS, MARKERS
+
+    means = best_first(gaps_by_way(record))
+    means = means[means.index != "retrain"]  # 0 by definition
+    panels = sorted({s[:2] for s in means.columns}, key=lambda p: place((*p, 0.0)))
+    betas = sorted({s[2] for s in means.columns})
+    fig = Figure(figsize=(2.2 + 2.9 * len(panels), 1.3 + 0.24 * len(means)), layout="constrained")
+    for ax, (dataset, tasks) in zip(fig.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0], panels):
+        for i, beta in enumerate(betas):
+            if (dataset, tasks, beta) in means:
+                ax.plot(means[dataset, tasks, beta], range(len(means)), MARKERS[i], color=COLOURS[i], ms=6, alpha=0.85)
+        ax.set_xscale("log")
+        ax.set_xticks([0.3, 1, 3, 10, 30], ["0.3", "1", "3", "10", "30"])
+        ax.set_title(f"{dataset}, {'one task' if tasks == 'single' else 'tasks in sequence'}", fontsize=9)
+        ax.set_xlabel("mean gap to retraining, points", fontsize=9)
+        ax.grid(color="#dddddd", lw=0.6)
+        ax.set_axisbelow(True)
+        ax.tick_params(labelsize=8)
+    ax.set_yticks(range(len(means)), means.index)
+    ax.invert_yaxis()
+    for i, beta in enumerate(betas):
+        ax.plot([], [], MARKERS[i], color=COLOURS[i], label=f"Dirichlet {beta:g}")
+    fig.legend(ncol=len(betas), fontsize=8, loc="outside upper center")
+    fig.savefig(file, dpi=110)
+
+
 def page(record: pd.DataFrame) -> str:
     """unlearning.md: the summary and every table, with how each was made."""
-    parts = [INTRODUCTION, summary(record)]
+    parts = [INTRODUCTION, "![mean gaps to retraining](unlearning.png)", summary(record)]
     for (dataset, tasks, beta), rows in sorted(record.groupby(SETTING), key=lambda g: place(g[0])):
         seeds, clients = (", ".join(map(str, sorted(rows[c].unique()))) for c in ("seed", "client"))
         rounds = ", ".join(f"{t:g} x {e:g}" for t, e in sorted(set(zip(rows["T"], rows["E"]))))
@@ -225,7 +265,8 @@ def main() -> int:
                 record.to_csv(temporary, index=False, float_format="%.6g")
             print(f"{len(record)} requests in {file}")
         elif args.what == "page":
-            made = page(read(file))
+            made = page(record := read(file))
+            figure(record, file.with_suffix(".png"))
             with replacing(file.with_suffix(".md")) as temporary:
                 temporary.write_text(made, "utf-8")
             print(file.with_suffix(".md"))

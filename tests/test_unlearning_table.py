@@ -109,3 +109,4 @@ def test_a_record_elsewhere(tmp_path, monkeypatch, capsys):
     assert script.main() == 0
     page = (tmp_path / "unlearning.md").read_text()
     assert "## d, one task, Dirichlet 0.5" in page and "on cpu; commit 4682847." in page
+    assert (tmp_path / "unlearning.png").stat().st_size > 5000
