@@ -33,7 +33,7 @@ class Stage:
 
     Attributes:
         at: (task, rounds of it that were done) then. seconds: spent on unlearning and recovery.
-        moments: (seconds, test accuracy in %) before each round of recovery.
+        moments: (seconds, test accuracy in % if the run ended then) before each round of recovery.
     """
 
     def __init__(self, args, run, checkpoint: Path | None, keep: Path | None = None) -> None:
@@ -49,6 +49,7 @@ class Stage:
         self.session = Silent(self.args, self.dataset, self.model, Quiet(run), fresh)
         self.ledger, self.states = Ledger(), {}
         self.session.nets.append(self.worker.net)
+        self.session.parts.update(ledger=self.ledger.state, clients=lambda: self.states)
         stored = checkpoints.read(checkpoint) if checkpoint else None
         self.session.resume(stored, {"clients": Untouched(self.worker.fresh_state)})
         self.session.traffic = dict
@@ -109,12 +110,11 @@ class Stage:
 
     def recover(self, rounds: int, look: bool = False) -> None:
         """Rounds of those that are left; ``look``: test before each, off the clock (``moments``)."""
-        with self.clients() as clients:
-            for _ in range(rounds):
-                if look:
-                    self.moments.append((self.seconds, self.test_accuracy()))
-                with self.timed():
-                    self.model.more_rounds(clients, 1, "recover")
+        for n in [1] * rounds if look else [rounds]:
+            if look:
+                self.moments.append((self.seconds, self.at_its_end().test_accuracy()))
+            with self.clients() as clients, self.timed():
+                self.model.more_rounds(clients, n, "recover")
 
     def finish(self, until: tuple[int, int] | None = None) -> None:
         """What is left of the run (until so many rounds of a task are done), without those that are gone."""
@@ -122,6 +122,15 @@ class Stage:
 
         with self.engine() as engine:
             tasks(self.session, engine, self.ledger, self.partition, until)
+
+    def at_its_end(self) -> Stage:
+        """Another stage, which has done from here what is left of the run; a method may learn in a task's end."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.session.save(file := Path(folder) / "now.safetensors")
+            then = Stage(self.args, self.session.run, file)
+        then.partition = self.partition
+        then.finish()
+        return then
 
     def test_accuracy(self) -> float:
         """In %, on the test images of all tasks."""
@@ -212,7 +221,7 @@ class Quiet:
     def __init__(self, run) -> None:
         self._scratch = tempfile.TemporaryDirectory()
         self.path, self.rounds = Path(self._scratch.name), []
-        self.clock = {"train": 0.0, "train_cpu": 0.0, "total": 0.0}
+        self.clock, self.seconds = {"train": 0.0, "train_cpu": 0.0, "total": 0.0}, lambda: 0.0
         self.say = lambda text="", screen=True: run.say(f"  {text}", screen=False)
 
 

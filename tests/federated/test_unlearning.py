@@ -123,18 +123,25 @@ def test_everything_by_its_command(run, tmp_path):
     assert table[0]["n_forget"] != table[2]["n_forget"] == table[3]["n_forget"]
 
 
-def test_time_without_a_usable_model_is_that_of_its_rounds(run, monkeypatch):
-    """What is seen before each round of recovery is what as many rounds end with; looking changes nothing."""
-    seen = []
+@pytest.mark.parametrize("way", ["not", "own"])
+def test_time_without_a_usable_model_is_that_of_its_rounds(run, monkeypatch, way):
+    """What is seen before each round of recovery is what as many rounds end with, when SATA's vector has become one of
+    its model's too; looking changes nothing."""
+    seen, n_rounds = [], 3 if way == "not" else 2
+    sata = "--model sata --regime full --dataset seq-digits --backbone vit-pocket --joint 1 --fl --num_clients 4"
+    sata += " --num_comm_rounds 1 --n_epochs 1 --debug_mode 1 --device cpu --warmup 0 --loadcheck auto"
+    base = {} if way == "not" else {"base": sata}
     monkeypatch.setattr(unlearning, "outage", lambda moments, target: seen.append((moments, target)) or 7.0)
-    table = [run(f"--unlearn not --unlearn_client 1 --eval_retrain --recover_rounds {n}")[n] for n in range(3)]
+    asked = f"--unlearn {way} --unlearn_client 1 --eval_retrain"
+    table = [run(f"{asked} --recover_rounds {n}", **base)[n] for n in range(n_rounds)]
     ends = [float(r["TA"]) for r in table]
     for n, (moments, target) in enumerate(seen):
         assert [ta for _, ta in moments] == ends[: n + 1] and target == float(table[n]["R_TA"])
         seconds = [s for s, _ in moments]
         assert seconds == sorted(seconds) and seconds[-1] == float(table[n]["seconds"])
-    assert len(seen) == 3 and len(set(ends)) == 3 and [r["outage"] for r in table] == ["7.0"] * 3
-    assert run("--unlearn not --unlearn_client 1 --recover_rounds 2")[3]["outage"] == ""  # nothing to compare with
+    assert len(seen) == len(set(ends)) == n_rounds and {r["outage"] for r in table} == {"7.0"}
+    if way == "not":  # nothing to compare with
+        assert run("--unlearn not --unlearn_client 1 --recover_rounds 2")[3]["outage"] == ""
 
 
 def test_unseen_images_have_the_clients_mix(rig):
