@@ -42,6 +42,18 @@ class Untouched(dict):
         return self._make()
 
 
+def resume(session: Session, worker, checkpoint) -> tuple[Ledger, dict]:
+    """Take up a checkpoint (None: none yet): bytes so far and clients' private states, which ``session`` saves."""
+    ledger, states = Ledger(), {}
+    session.nets.append(worker.net)
+    session.parts.update(ledger=ledger.state, clients=lambda: states)
+    session.resume(checkpoint, {"clients": Untouched(worker.fresh_state)})
+    if session.restored:
+        ledger.load(session.restored["ledger"])
+        states.update(session.restored["clients"])
+    return ledger, states
+
+
 def simulate(session: Session, worker, partition, checkpoint=None) -> None:
     """Run a federated experiment.
 
@@ -52,13 +64,7 @@ def simulate(session: Session, worker, partition, checkpoint=None) -> None:
         session: the run; its model is the server. worker: the method's instance on the client side, over the same
             frozen weights. partition: who owns which samples. checkpoint: what to resume from.
     """
-    ledger, states = Ledger(), {}
-    session.nets.append(worker.net)
-    session.parts.update(ledger=ledger.state, clients=lambda: states)
-    session.resume(checkpoint, {"clients": Untouched(worker.fresh_state)})
-    if session.restored:
-        ledger.load(session.restored["ledger"])
-        states.update(session.restored["clients"])
+    ledger, states = resume(session, worker, checkpoint)
     session.traffic = lambda: (
         {"uplink_mb": ledger.uplink / 1e6, "downlink_mb": ledger.downlink / 1e6} if session.args.fl else {}
     )

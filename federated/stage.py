@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from datasets.utils.partition import Partition
-from federated.clients import Clients, Ledger
+from federated.clients import Clients
 from federated.engines import make_engine
 from utils import checkpoints
 from utils.conf import set_random_seed
@@ -38,7 +38,7 @@ class Stage:
 
     def __init__(self, args, run, checkpoint: Path | None, keep: Path | None = None) -> None:
         import main
-        from federated.simulator import Untouched
+        from federated.simulator import resume
 
         self.keep = keep
 
@@ -47,15 +47,9 @@ class Stage:
         self.dataset, self.model, self.worker, fresh = main.build(self.args)
         self.partition = Partition.make(self.dataset, self.args)
         self.session = Silent(self.args, self.dataset, self.model, Quiet(run), fresh)
-        self.ledger, self.states = Ledger(), {}
-        self.session.nets.append(self.worker.net)
-        self.session.parts.update(ledger=self.ledger.state, clients=lambda: self.states)
         stored = checkpoints.read(checkpoint) if checkpoint else None
-        self.session.resume(stored, {"clients": Untouched(self.worker.fresh_state)})
+        self.ledger, self.states = resume(self.session, self.worker, stored)
         self.session.traffic = dict
-        if stored is not None:
-            self.ledger.load(self.session.restored["ledger"])
-            self.states.update(self.session.restored["clients"])
         history = self.session.restored.get("history")
         if history is not None:
             self.model._own_history = history
